@@ -1,0 +1,23 @@
+"""Fixtures every test may use. Real photos are read in place; where they are absent their tests skip and say so."""
+
+from __future__ import annotations
+
+import os
+from pathlib import Path
+
+import pytest
+
+# Two threads for two cores: more only makes the tests fight each other.
+os.environ.setdefault("OMP_NUM_THREADS", "2")
+os.environ.setdefault("HF_HUB_OFFLINE", "1")
+os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
+
+SHARED_DATA = Path(__file__).resolve().parents[2] / "shared" / "data"
+
+
+@pytest.fixture(scope="session")
+def shared_data() -> Path:
+    """The folder of real photos, hard formats and broken files beside the checkout."""
+    if not (SHARED_DATA / "MANIFEST.tsv").is_file():
+        pytest.skip(f"real photos are not here: {SHARED_DATA}/MANIFEST.tsv is missing")
+    return SHARED_DATA
