@@ -60,6 +60,8 @@ class ModelSpec:
     logit_scale: float  # exp'd, i.e. what a cosine is multiplied with
     vision: TowerSpec
     text: TowerSpec
+    pad_id: int  # tokenizer.json already pads and cuts to `context_length`; these are for whoever builds ids by hand
+    eos_id: int
     versions: dict[str, str] = field(default_factory=dict)
 
     @property
@@ -90,10 +92,12 @@ class EngineCard:
     weights_digest: str
     file: str  # relative to the card; "../../onnx/..." for runtimes that compile at load
     file_digest: str
-    batch: int  # rows of the fixed input shape
+    batch: int  # rows of the input buffers; what it was measured with
+    fixed_batch: bool  # compiled in: it cannot be opened with another
     threads: int  # OpenMP threads it was measured with
     input_name: str
     input_dtype: str  # numpy name: float32 for vision, int32 for text
+    row_shape: tuple[int, ...]  # of one input row: (3, s, s) for vision, (context,) for text
     output_name: str
     dim: int
     versions: dict[str, str]
@@ -103,13 +107,15 @@ class EngineCard:
     gflop_per_s: float
     peak_share: float  # of the GEMM peak measured in the same run
     bytes: int
+    recipe: int  # engines.build.RECIPE: raised when the same graph would be built differently
 
     def to_json(self) -> str:
         return json.dumps(asdict(self), indent=2) + "\n"
 
     @classmethod
     def from_json(cls, text: str) -> EngineCard:
-        return cls(**json.loads(text))
+        raw: dict[str, Any] = json.loads(text)
+        return cls(row_shape=tuple(raw.pop("row_shape")), **raw)
 
 
 class ArtifactMissing(Exception):

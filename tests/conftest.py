@@ -21,3 +21,19 @@ def shared_data() -> Path:
     if not (SHARED_DATA / "MANIFEST.tsv").is_file():
         pytest.skip(f"real photos are not here: {SHARED_DATA}/MANIFEST.tsv is missing")
     return SHARED_DATA
+
+
+@pytest.fixture(scope="session")
+def tiny_model(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A model folder of a few thousand random weights, exported and with its ONNX Runtime engines built.
+
+    Every test of a session uses this one artifact folder (NIGHTJAR_ARTIFACTS), as a user's host does.
+    """
+    from engines.build import main as make_engines
+    from export.random_model import write_random_model
+
+    folder = tmp_path_factory.mktemp("model") / "tiny"
+    write_random_model(folder, "tiny")
+    os.environ["NIGHTJAR_ARTIFACTS"] = str(tmp_path_factory.mktemp("artifacts"))
+    assert make_engines(["--model", str(folder), "--runtime", "ort-cpu"]) == 0
+    return folder

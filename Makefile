@@ -1,0 +1,48 @@
+# Verbs. `make` alone prints them.
+PYTHON ?= python3
+VENV   ?= .venv
+RUN    := $(VENV)/bin/python
+OUT    ?= demo-out
+
+.DEFAULT_GOAL := help
+.PHONY: help setup demo engines test lint bench gpu-bundle gpu-check lock clean
+
+help:  ## print this
+	@awk -F ':.*## ' '/^[a-z-]+:.*## / {printf "  make %-11s %s\n", $$1, $$2}' $(MAKEFILE_LIST)
+
+setup: $(VENV)/.done  ## environment in .venv from the pinned versions in constraints.txt
+
+$(VENV)/.done: pyproject.toml constraints.txt
+	$(PYTHON) -c 'import sys; v = sys.version_info[:2]; sys.exit(None if (3, 11) <= v < (3, 14) else f"Python 3.11 to 3.13 is needed, this is {v[0]}.{v[1]}: make setup PYTHON=python3.12")'
+	$(PYTHON) -m venv $(VENV)
+	$(VENV)/bin/pip install --quiet --disable-pip-version-check --constraint constraints.txt --editable '.[cpu,dev]'
+	@touch $@
+
+demo: setup  ## generated pictures in, index and nine answers out, with the model that ships here (minutes)
+	$(RUN) -m pipeline.demo $(OUT)
+
+engines: setup  ## export, compile and check the model for this host [MODEL=hub-id-or-folder]
+	@$(RUN) -m engines.build $(if $(MODEL),--model $(MODEL)) $(if $(RUNTIME),--runtime $(RUNTIME))
+
+test: setup  ## the whole test suite
+	$(RUN) -m pytest $(ARGS)
+
+lint: setup  ## ruff, mypy --strict, import contracts
+	$(VENV)/bin/ruff check .
+	$(VENV)/bin/mypy
+	$(VENV)/bin/lint-imports
+
+bench: setup  ## the figures of docs/benchmarks on this host
+	$(RUN) -m pipeline.bench
+
+gpu-bundle: setup  ## offline bundle of wheels for an air-gapped Python 3.12 / CUDA 13 host, into bundle/
+	$(RUN) docker/gpu_bundle.py bundle
+
+gpu-check: setup  ## ask the GPU of this host the questions the GPU stages depend on
+	$(RUN) -m pipeline.check_gpu
+
+lock: setup  ## renew constraints.txt from what .venv holds
+	$(VENV)/bin/pip freeze --exclude-editable | sed 's/+cpu$$//' > constraints.txt
+
+clean:  ## remove what make made here
+	rm -rf $(VENV) $(OUT) artifacts bundle

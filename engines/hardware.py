@@ -1,0 +1,107 @@
+"""What this host is and what it could do at best: CPU identity, instruction sets, usable cores, measured GEMM peak.
+
+An engine is compiled for one CPU, so its card names `host_id()` and any other host refuses it. The GEMM peak is
+measured in the same run as the engine it is compared with: on shared machines only such ratios mean something.
+Needs the standard library; the peak needs libtorch (loaded without Python's torch, see engines.aoti).
+"""
+
+from __future__ import annotations
+
+import hashlib
+import math
+import os
+import platform
+import re
+import shutil
+import statistics
+import time
+from functools import lru_cache
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+if TYPE_CHECKING:
+    from engines.spec import Precision
+
+# Instruction sets that change what a compiler or a GEMM library emits. Anything else may differ between two hosts.
+CODE_FLAGS = re.compile(r"^(sse4_[12]|avx\w*|fma|f16c|bmi[12]|amx\w*|asimd\w*|sve\w*|bf16|i8mm)$")
+# The few worth reading in a folder name.
+NAMED_FLAGS = ("amx_bf16", "avx512_bf16", "avx512_vnni", "avx512f", "avx2", "sve", "asimd")
+BF16_FLAGS = ("amx_bf16", "avx512_bf16")
+CPU_INFO = Path("/proc/cpuinfo")
+
+
+@lru_cache(maxsize=1)
+def cpu_info() -> dict[str, str]:
+    """The first processor's block of /proc/cpuinfo; empty where there is none."""
+    if not CPU_INFO.is_file():
+        return {}
+    first = CPU_INFO.read_text().split("\n\n", 1)[0]
+    pairs = (line.split(":", 1) for line in first.splitlines() if ":" in line)
+    return {name.strip(): value.strip() for name, value in pairs}
+
+
+def cpu_flags() -> frozenset[str]:
+    info = cpu_info()
+    return frozenset((info.get("flags") or info.get("Features") or "").split())
+
+
+def host_id() -> str:
+    """Such as `intel-6-85-7-avx512_vnni-1c0ffee5`: vendor, family, model, stepping, best flag, digest of the flags."""
+    info = cpu_info()
+    vendor = {"GenuineIntel": "intel", "AuthenticAMD": "amd"}.get(info.get("vendor_id", ""), platform.machine())
+    numbers = [info.get(name) for name in ("cpu family", "model", "stepping", "CPU part", "CPU revision")]
+    flags = cpu_flags()
+    best = next((flag for flag in NAMED_FLAGS if flag in flags), "plain")
+    code_flags = " ".join(sorted(flag for flag in flags if CODE_FLAGS.match(flag)))
+    digest = hashlib.sha256(f"{platform.machine()} {code_flags}".encode()).hexdigest()[:8]
+    return "-".join([vendor, *(number for number in numbers if number), best, digest]).lower()
+
+
+def has_bf16() -> bool:
+    """Whether this CPU multiplies bf16 in hardware; elsewhere libraries emulate it, several times slower than fp32."""
+    return not cpu_flags().isdisjoint(BF16_FLAGS)
+
+
+def physical_cores() -> int:
+    """Cores this process may use: its affinity, two hardware threads counted once, and the cgroup's CPU quota."""
+    allowed = os.sched_getaffinity(0)
+    cores = {_core(cpu) for cpu in allowed}
+    return max(1, math.ceil(min(len(cores), _cgroup_cpus())))
+
+
+def _core(cpu: int) -> tuple[str, str]:
+    topology = Path(f"/sys/devices/system/cpu/cpu{cpu}/topology")
+    if not (topology / "core_id").is_file():
+        return "", str(cpu)
+    return (topology / "physical_package_id").read_text().strip(), (topology / "core_id").read_text().strip()
+
+
+def _cgroup_cpus() -> float:
+    """CPUs the quota allows; infinite where none is set (cgroup v2, then v1)."""
+    v2, v1 = Path("/sys/fs/cgroup/cpu.max"), Path("/sys/fs/cgroup/cpu")
+    if v2.is_file():
+        quota, period = v2.read_text().split()
+    elif (v1 / "cpu.cfs_quota_us").is_file():
+        quota, period = ((v1 / f"cpu.cfs_{name}_us").read_text().strip() for name in ("quota", "period"))
+    else:
+        return math.inf
+    return math.inf if quota in ("max", "-1") else int(quota) / int(period)
+
+
+def cxx_compiler() -> str | None:
+    """Path of the C++ compiler that AOTInductor calls (`CXX`, else g++), or None where there is none."""
+    return shutil.which(os.environ.get("CXX") or "g++")
+
+
+def gemm_peak_gflops(precision: Precision, threads: int, size: int = 2048, repeats: int = 5) -> float:
+    """Median speed of a square matrix product in libtorch: the ceiling a model made of GEMMs can reach here."""
+    from engines.aoti import open_libtorch
+
+    multiply = open_libtorch().square_product(precision, size, threads)
+    multiply()  # the first call packs weights and starts the thread team
+    seconds = []
+    for _ in range(repeats):
+        start = time.perf_counter()
+        multiply()
+        seconds.append(time.perf_counter() - start)
+    return 2 * size**3 / statistics.median(seconds) / 1e9

@@ -1,0 +1,302 @@
+"""Generated pictures with captions: what the demo model learns and what the demo, the tests and the benchmarks index.
+
+    python -m export.demo_pictures pictures --count 300 --seed 7
+
+writes a folder source, `pictures/<colour>-<shape>/<nnnn>.jpg`, and `pictures-captions.json` beside it. A picture shows
+one to four equal shapes; everything drawn lies in the central square, so that a centre crop never cuts it off.
+
+The same seed gives the same bytes with the same Pillow. Trade-off: flat shapes on grainy backgrounds teach nothing about
+photos, but cost 3 ms each and their truth is known: which pictures a text means is computed, never judged.
+Needs numpy and Pillow only.
+"""
+
+from __future__ import annotations
+
+import argparse
+import io
+import json
+from collections.abc import Iterator, Sequence
+from dataclasses import asdict, dataclass
+from itertools import product
+from pathlib import Path
+from typing import NamedTuple, TypeAlias
+
+import numpy as np
+import numpy.typing as npt
+from PIL import Image, ImageDraw
+
+RGB: TypeAlias = tuple[int, int, int]
+
+COLOURS: dict[str, RGB] = {
+    "red": (215, 35, 35),
+    "orange": (245, 135, 25),
+    "yellow": (245, 225, 50),
+    "green": (45, 165, 65),
+    "blue": (45, 85, 220),
+    "purple": (130, 50, 175),
+    "pink": (245, 150, 195),
+    "cyan": (55, 205, 215),
+}
+BACKGROUNDS: dict[str, RGB] = {"white": (244, 244, 244), "gray": (130, 130, 130), "black": (14, 14, 14)}
+POSITIONS: dict[str, tuple[int, int]] = {
+    "middle": (0, 0), "top left": (-1, -1), "top right": (1, -1), "bottom left": (-1, 1), "bottom right": (1, 1),
+}  # fmt: skip
+SIZES = ("small", "large")
+COUNTS = {1: "a", 2: "two", 3: "three", 4: "four"}
+
+
+def _ring_of_points(count: int, radii: Sequence[float], start_deg: float) -> npt.NDArray[np.float64]:
+    angle = np.radians(start_deg + 360 * np.arange(count) / count)
+    radius = np.resize(np.array(radii), count)
+    return np.stack([radius * np.cos(angle), radius * np.sin(angle)], axis=1)
+
+
+def _heart() -> npt.NDArray[np.float64]:
+    t = np.linspace(0, 2 * np.pi, 60, endpoint=False)
+    x = 16 * np.sin(t) ** 3
+    y = -(13 * np.cos(t) - 5 * np.cos(2 * t) - 2 * np.cos(3 * t) - np.cos(4 * t))
+    return np.stack([x, y - y.mean()], axis=1) / 16
+
+
+# Outlines in a unit circle, y down; all of about the same area, so that size says nothing about shape.
+OUTLINES: dict[str, npt.NDArray[np.float64]] = {
+    "circle": _ring_of_points(64, [0.92], 0),
+    "square": _ring_of_points(4, [1.15], 45),
+    "triangle": _ring_of_points(3, [1.2], -90),
+    "star": _ring_of_points(10, [1.2, 0.5], -90),
+    "cross": np.array([(-1, -3), (1, -3), (1, -1), (3, -1), (3, 1), (1, 1),
+                       (1, 3), (-1, 3), (-1, 1), (-3, 1), (-3, -1), (-1, -1)]) / 3,
+    "heart": _heart(),
+    "ring": _ring_of_points(64, [1.0], 0),
+    "diamond": _ring_of_points(4, [0.75, 1.2], 0),
+}  # fmt: skip
+SHAPES = tuple(OUTLINES)
+RING_HOLE = 0.55
+
+PAIRS = tuple(product(COLOURS, SHAPES))
+# Never drawn for training. Each colour and each shape is in exactly one, so each is known from seven other pairs.
+HELD_OUT_PAIRS = tuple((colour, SHAPES[(3 * i + 1) % len(SHAPES)]) for i, colour in enumerate(COLOURS))
+TRAINING_PAIRS = tuple(pair for pair in PAIRS if pair not in HELD_OUT_PAIRS)
+
+
+@dataclass(frozen=True)
+class Attributes:
+    """All that is said about a picture. Several shapes are scattered: they have neither size nor position."""
+
+    colour: str
+    shape: str
+    background: str
+    count: int
+    size: str = ""
+    position: str = ""
+
+    @property
+    def label(self) -> str:
+        return f"{self.colour}-{self.shape}"
+
+
+@dataclass(frozen=True)
+class Query:
+    """A text and the pictures it means: those that agree with every attribute it names. Empty means not named."""
+
+    text: str
+    colour: str = ""
+    shape: str = ""
+    background: str = ""
+    counts: tuple[int, ...] = ()
+    size: str = ""
+    position: str = ""
+
+    def means(self, picture: Attributes) -> bool:
+        named = (self.colour, self.shape, self.background, self.size, self.position)
+        shown = (picture.colour, picture.shape, picture.background, picture.size, picture.position)
+        return all(want in ("", have) for want, have in zip(named, shown, strict=True)) and (
+            not self.counts or picture.count in self.counts
+        )
+
+
+class Picture(NamedTuple):
+    image: Image.Image
+    caption: str
+    attributes: Attributes
+
+
+@dataclass(frozen=True)
+class Record:
+    """One written picture."""
+
+    file: str  # relative to the folder, the key a folder source gives it
+    caption: str
+    attributes: Attributes
+    width: int
+    height: int
+
+
+def phrase(
+    *, colour: str = "", shape: str = "", background: str = "", counts: tuple[int, ...] = (), size: str = "",
+    position: str = "", rng: np.random.Generator | None = None,
+) -> Query:  # fmt: skip
+    """The text that names these attributes; with `rng`, in one of several wordings."""
+
+    def choose(*wordings: str) -> str:
+        return wordings[0] if rng is None else wordings[int(rng.integers(len(wordings)))]
+
+    noun = shape or "shape"
+    if counts and 1 not in counts:
+        noun += "es" if noun.endswith("s") else "s"
+    words = [word for word in (size, colour, noun) if word]
+    if counts == (1,):
+        words.insert(0, choose("an" if words[0][0] in "aeiou" else "a", "one"))
+    elif len(counts) == 1:
+        words.insert(0, COUNTS[counts[0]])
+    tails = []
+    if position:
+        tails.append(choose("in the middle", "in the center") if position == "middle"
+                     else choose(f"at the {position}", f"in the {position} corner"))  # fmt: skip
+    if background:
+        tails.append(choose(f"on a {background} background", f"on {background}"))
+    if rng is not None and rng.integers(2):
+        tails.reverse()
+    opening = choose("", "", "", "a photo of ", "a picture of ", "an image of ")
+    text = opening + " ".join(words + tails)
+    return Query(text, colour, shape, background, counts, size, position)
+
+
+def full_query(picture: Attributes, rng: np.random.Generator | None = None) -> Query:
+    return phrase(colour=picture.colour, shape=picture.shape, background=picture.background, counts=(picture.count,),
+                  size=picture.size, position=picture.position, rng=rng)  # fmt: skip
+
+
+def short_query(picture: Attributes, rng: np.random.Generator) -> Query:
+    """A wording that names some of the attributes, colour and shape most often: what people type."""
+    keep = rng.random(6) < (0.8, 0.85, 0.25, 0.75, 0.3, 0.3)
+    if not keep[:2].any():
+        keep[:2] = True
+    several = (2, 3, 4) if picture.count > 1 and rng.random() < 0.3 else (picture.count,)
+    return phrase(colour=picture.colour if keep[0] else "", shape=picture.shape if keep[1] else "",
+                  background=picture.background if keep[2] else "", counts=several if keep[3] else (),
+                  size=picture.size if keep[4] else "", position=picture.position if keep[5] else "", rng=rng)  # fmt: skip
+
+
+def random_attributes(rng: np.random.Generator, pairs: Sequence[tuple[str, str]] = PAIRS) -> Attributes:
+    colour, shape = pairs[int(rng.integers(len(pairs)))]
+    return complete_attributes(rng, colour, shape, 1 if rng.random() < 0.6 else int(rng.integers(2, 5)))
+
+
+def complete_attributes(rng: np.random.Generator, colour: str, shape: str, count: int) -> Attributes:
+    background = str(rng.choice(list(BACKGROUNDS)))
+    if count > 1:
+        return Attributes(colour, shape, background, count)
+    return Attributes(colour, shape, background, 1, str(rng.choice(SIZES)), str(rng.choice(list(POSITIONS))))
+
+
+def random_short_edge(rng: np.random.Generator) -> int:
+    """Pixels: a tenth tiny, most like a thumbnail or a web photo, one in fifty like a camera's."""
+    kind = rng.random()
+    low, high = (64, 200) if kind < 0.1 else (200, 460) if kind < 0.98 else (900, 2250)
+    return int(rng.integers(low, high + 1))
+
+
+def make_picture(
+    rng: np.random.Generator, attributes: Attributes | None = None, short_edge: int | None = None
+) -> Picture:
+    """Draw one picture; what is not given is drawn from `rng`. Edges are 64 to 3000 pixels, ratios up to 4:3."""
+    attributes = attributes or random_attributes(rng)
+    short = short_edge or random_short_edge(rng)
+    long = int(short * rng.uniform(1.0, 4 / 3))
+    width, height = (short, long) if rng.random() < 0.4 else (long, short)
+
+    # A background of 12 x 12 random greys blown up: gradients and blotches for the price of one resize.
+    grain = np.array(BACKGROUNDS[attributes.background]) + rng.normal(0, 7, (12, 12, 1)) + rng.normal(0, 2, (12, 12, 3))
+    image = Image.fromarray(np.clip(grain, 0, 255).astype(np.uint8)).resize((width, height), Image.Resampling.BICUBIC)
+    ink = np.clip(np.array(COLOURS[attributes.colour]) + rng.integers(-14, 15, 3), 0, 255)
+    image.paste((int(ink[0]), int(ink[1]), int(ink[2])), mask=_mask(rng, attributes, width, height))
+    return Picture(image, full_query(attributes).text, attributes)
+
+
+def _mask(rng: np.random.Generator, attributes: Attributes, width: int, height: int) -> Image.Image:
+    side = min(width, height)
+    fine = 4 if side < 160 else 2 if side < 320 else 1  # smooth edges where a pixel matters
+    mask = Image.new("L", (width * fine, height * fine))
+    draw = ImageDraw.Draw(mask)
+    middle = np.array([width, height]) * fine / 2
+    for x, y, radius in _places(rng, attributes):
+        turn = np.radians(rng.uniform(-10, 10))
+        rotation = np.array([[np.cos(turn), np.sin(turn)], [-np.sin(turn), np.cos(turn)]])
+        outline = OUTLINES[attributes.shape] @ rotation * radius * side * fine
+        centre = middle + np.array([x, y]) * side * fine
+        draw.polygon([(float(px), float(py)) for px, py in outline + centre], fill=255)
+        if attributes.shape == "ring":
+            draw.polygon([(float(px), float(py)) for px, py in outline * RING_HOLE + centre], fill=0)
+    return mask.reduce(fine) if fine > 1 else mask
+
+
+def _places(rng: np.random.Generator, attributes: Attributes) -> Iterator[tuple[float, float, float]]:
+    """(x, y, radius) of each shape, in short edges from the centre."""
+    if attributes.count > 1:  # distinct quarters, so that shapes never touch
+        for corner in rng.permutation(4)[: attributes.count]:
+            dx, dy = rng.uniform(-0.05, 0.05, 2)
+            yield (0.24 if corner & 1 else -0.24) + dx, (0.24 if corner & 2 else -0.24) + dy, rng.uniform(0.12, 0.16)
+        return
+    column, row = POSITIONS[attributes.position]
+    reach, radius = (0.25, rng.uniform(0.12, 0.16)) if attributes.size == "small" else (0.14, rng.uniform(0.25, 0.3))
+    dx, dy = rng.uniform(-0.03, 0.03, 2)
+    yield column * reach + dx, row * reach + dy, radius
+
+
+def encode_picture(image: Image.Image, rng: np.random.Generator) -> tuple[bytes, str]:
+    """(file bytes, extension): mostly JPEG of mixed quality and chroma subsampling, some PNG and WebP."""
+    kind, quality, subsampling = rng.random(), int(rng.integers(60, 96)), int(rng.integers(3))
+    out = io.BytesIO()
+    if kind < 0.94:
+        image.save(out, "JPEG", quality=quality, subsampling=subsampling)
+        return out.getvalue(), "jpg"
+    extension = "png" if kind < 0.97 else "webp"
+    image.save(out, extension.upper(), **({"compress_level": 1} if extension == "png" else {"quality": quality}))
+    return out.getvalue(), extension
+
+
+def write_pictures(folder: Path, count: int, seed: int) -> list[Record]:
+    """Write `count` pictures, spread evenly over all pairs of colour and shape, and `<folder>-captions.json`."""
+    if count < 1:
+        raise ValueError(f"count is {count}, expected at least 1 picture")
+    order = np.random.default_rng([seed, 0]).permutation(len(PAIRS))
+    wanted = []
+    for i in range(count):
+        rng = np.random.default_rng([seed, 1, i])
+        colour, shape = PAIRS[order[i % len(PAIRS)]]
+        wanted.append(complete_attributes(rng, colour, shape, 1 if rng.random() < 0.6 else int(rng.integers(2, 5))))
+    return write_these(folder, wanted, seed)
+
+
+def write_these(folder: Path, wanted: Sequence[Attributes], seed: int) -> list[Record]:
+    records = []
+    for i, attributes in enumerate(wanted):
+        rng = np.random.default_rng([seed, 2, i])
+        picture = make_picture(rng, attributes)
+        content, extension = encode_picture(picture.image, rng)
+        file = f"{attributes.label}/{i:04d}.{extension}"
+        (folder / attributes.label).mkdir(parents=True, exist_ok=True)
+        (folder / file).write_bytes(content)
+        records.append(Record(file, picture.caption, attributes, *picture.image.size))
+    captions = folder.with_name(folder.name + "-captions.json")  # beside the folder: a source indexes all that is in it
+    captions.write_text(json.dumps([asdict(record) for record in records], indent=1) + "\n")
+    return records
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(
+        prog="python -m export.demo_pictures",
+        description="Write generated pictures as a folder source, and their captions beside it.",
+        epilog="example: python -m export.demo_pictures pictures --count 300 --seed 7",
+    )
+    parser.add_argument("folder", type=Path, metavar="DIR", help="folder for the pictures, made when missing")
+    parser.add_argument("--count", type=int, default=300, help="pictures to write (default %(default)s)")
+    parser.add_argument("--seed", type=int, default=7, help="same seed, same pictures (default %(default)s)")
+    args = parser.parse_args()
+    records = write_pictures(args.folder, args.count, args.seed)
+    print(f"{len(records)} pictures in {args.folder}, such as {records[0].file}: {records[0].caption}")
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,172 @@
+"""One frozen `Config` per command, built once at the edge; the only place where command lines are read.
+
+"auto" is resolved before construction: what a `Config` holds is what runs.
+"""
+
+from __future__ import annotations
+
+import argparse
+import os
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Literal
+
+from engines import RUNTIMES
+from engines.spec import Artifact, Precision, default_model, find_artifact
+from pipeline.sources import SOURCES, Source, open_source
+
+INDEX_EXAMPLES = """examples:
+  python -m pipeline.index --source inat2021 --root /data/inat2021
+  python -m pipeline.index --source folder --root ~/Pictures --out pictures-index
+  python -m pipeline.index --source tar --root 's3://bucket/shards' --model ./my-clip
+  python -m pipeline.index --source inat2021 --split val --download
+
+A second run over unchanged pictures does nothing and says so; a run that was stopped is resumed by the same command.
+exit codes: 0 done, 1 failed, 2 usage, 3 done but more newly quarantined than --max-quarantined, 4 another run holds
+the lock, 6 too many deletions, 130 interrupted (resumable)"""
+
+SEARCH_EXAMPLES = """examples:
+  python -m pipeline.search "a red bird on a branch" --out inat2021-index
+  python -m pipeline.search "heron" --template "a photo of a {}" -k 20 --threshold 0.25
+  python -m pipeline.search --image photo.jpg --grid nine.png
+  python -m pipeline.search "two blue squares" --json"""
+
+
+class UsageError(Exception):
+    """The user asked for something that cannot be had; exit 2 with this one line."""
+
+
+@dataclass(frozen=True)
+class Config:
+    """Everything one run of `pipeline.index` depends on."""
+
+    source: Source
+    artifact: Artifact
+    out: Path
+    devices: tuple[str, ...]
+    runtime: str
+    precision: Precision | Literal["auto"]
+    engine_threads: int
+    decode_threads: int
+    max_quarantined: int | None
+    max_deleted_percent: float
+    json_only: bool
+    download: bool
+
+
+@dataclass(frozen=True)
+class SearchConfig:
+    """Everything one query of `pipeline.search` depends on."""
+
+    text: str | None
+    image: Path | None
+    out: Path
+    k: int
+    threshold: float | None
+    template: str
+    grid: Path | None
+    json: bool
+    model: str | None
+
+
+def index_parser() -> argparse.ArgumentParser:
+    about = "Embed every picture of a source and publish a searchable index."
+    parser = _parser("pipeline.index", about, INDEX_EXAMPLES)
+    parser.add_argument("--source", required=True, choices=sorted(SOURCES), help="how the pictures are laid out")
+    parser.add_argument("--root", help="folder, file or URL (inat2021: $NIGHTJAR_DATA, else ./data/inat2021)")
+    parser.add_argument("--split", help="inat2021: train, train_mini (default), val or public_test")
+    parser.add_argument("--download", action="store_true", help="inat2021: fetch and check the official archives first")
+    parser.add_argument("--model", default=default_model(), help="hub id or directory (default: %(default)s)")
+    parser.add_argument("--out", type=Path, help="the index (default: ./<source>-index)")
+    parser.add_argument("--devices", default="auto", help="auto, or a list such as cpu (default: auto)")
+    parser.add_argument("--runtime", default="auto", choices=["auto", *RUNTIMES], help="engine runtime")
+    parser.add_argument("--precision", default="auto", choices=["auto", "fp32", "bf16"], help="engine precision")
+    parser.add_argument("--max-quarantined", type=int, metavar="N", help="exit 3 if more than N are newly quarantined")
+    parser.add_argument(
+        "--max-deleted", type=float, default=20.0, metavar="PERCENT",
+        help="stop (exit 6) instead of deleting more than this share of the source (default: 20)",
+    )
+    parser.add_argument("--json", action="store_true", help="no progress, only the final JSON line")
+    return parser
+
+
+def search_parser() -> argparse.ArgumentParser:
+    about = "The pictures of an index that fit a text, or another picture, best."
+    parser = _parser("pipeline.search", about, SEARCH_EXAMPLES)
+    parser.add_argument("text", nargs="?", help="what to look for")
+    parser.add_argument("--image", type=Path, metavar="FILE", help="look for pictures like this one")
+    parser.add_argument("--out", type=Path, help="the index (default: the only ./*-index here)")
+    parser.add_argument("-k", type=int, default=9, help="how many (default: 9)")
+    parser.add_argument("--threshold", type=float, metavar="T", help="only pictures with a cosine of at least T")
+    parser.add_argument("--template", default="{}", help='put the text into a sentence, e.g. "a photo of a {}"')
+    parser.add_argument("--grid", type=Path, metavar="PNG", help="write a contact sheet of the answers")
+    parser.add_argument("--json", action="store_true", help="one JSON object instead of a table")
+    parser.add_argument("--model", help="hub id or directory (default: the model the index was made with)")
+    return parser
+
+
+def parse_index(argv: list[str] | None) -> Config:
+    """The run's configuration; with --download the source need not be there yet.
+
+    Raises:
+        UsageError, SourceError, ArtifactMissing: one line each, with the remedy.
+    """
+    args = index_parser().parse_args(argv)
+    source = open_source(args.source, args.root, split=args.split, download=args.download)
+    if not 0 <= args.max_deleted <= 100:
+        raise UsageError(f"--max-deleted is {args.max_deleted}; it is a share in percent, 0 to 100")
+    cores = len(os.sched_getaffinity(0))
+    return Config(
+        source=source,
+        artifact=find_artifact(args.model),
+        out=args.out or Path(f"{args.source}-index"),
+        devices=resolve_devices(args.devices),
+        runtime=args.runtime,
+        precision=args.precision,
+        engine_threads=cores,
+        decode_threads=cores,
+        max_quarantined=args.max_quarantined,
+        max_deleted_percent=args.max_deleted,
+        json_only=args.json,
+        download=args.download,
+    )
+
+
+def resolve_devices(devices: str) -> tuple[str, ...]:
+    """`auto` takes what this version can drive: one CPU lane. A device that was named and cannot be had is an error."""
+    if devices == "auto":
+        return ("cpu",)
+    named = tuple(name.strip() for name in devices.split(",") if name.strip())
+    unknown = [name for name in named if name != "cpu"]
+    if unknown or len(set(named)) != len(named) or not named:
+        raise UsageError(f"--devices {devices!r}: this version drives 'cpu' (once); use --devices cpu or auto")
+    return named
+
+
+def parse_search(argv: list[str] | None) -> SearchConfig:
+    args = search_parser().parse_args(argv)
+    if (args.text is None) == (args.image is None):
+        raise UsageError('give either a text or --image FILE, e.g. python -m pipeline.search "a red bird"')
+    if args.k < 1:
+        raise UsageError(f"-k is {args.k}; it must be at least 1")
+    if "{}" not in args.template:
+        raise UsageError(f'--template {args.template!r} has no {{}} for the text; e.g. "a photo of a {{}}"')
+    return SearchConfig(
+        text=args.text, image=args.image, out=args.out or only_index_here(), k=args.k, threshold=args.threshold,
+        template=args.template, grid=args.grid, json=args.json, model=args.model,
+    )
+
+
+def only_index_here() -> Path:
+    found = [path.parent for path in sorted(Path().glob("*-index/current"))]
+    if len(found) != 1:
+        names = ", ".join(map(str, found)) or "none"
+        raise UsageError(f"--out is needed: the indexes in this folder are: {names}")
+    return found[0]
+
+
+def _parser(prog: str, description: str, examples: str) -> argparse.ArgumentParser:
+    return argparse.ArgumentParser(
+        prog=f"python -m {prog}", description=description, epilog=examples,
+        formatter_class=argparse.RawDescriptionHelpFormatter, allow_abbrev=False,
+    )

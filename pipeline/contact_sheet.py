@@ -1,0 +1,60 @@
+"""The answers of a query as one picture: a square grid of thumbnails, each with its score and label."""
+
+from __future__ import annotations
+
+import io
+import math
+from collections.abc import Sequence
+from typing import NamedTuple
+
+from PIL import Image, ImageDraw, ImageFont, ImageOps
+
+CELL_PX, CAPTION_PX, GAP_PX = 256, 44, 8
+PAPER, INK, FAINT = (250, 250, 248), (24, 24, 24), (110, 110, 110)
+
+
+class Cell(NamedTuple):
+    encoded: bytes | None  # None: the picture can no longer be read
+    caption: str
+    score: float
+
+
+def contact_sheet(title: str, cells: Sequence[Cell]) -> Image.Image:
+    """RGB picture with the title on top and the cells row by row, best first."""
+    columns = math.ceil(math.sqrt(len(cells))) if cells else 1
+    lines = math.ceil(len(cells) / columns)
+    pitch_x, pitch_y = CELL_PX + GAP_PX, CELL_PX + CAPTION_PX + GAP_PX
+    sheet = Image.new("RGB", (columns * pitch_x + GAP_PX, lines * pitch_y + CAPTION_PX + GAP_PX), PAPER)
+    draw = ImageDraw.Draw(sheet)
+    draw.text((GAP_PX, 10), _fit(draw, title, sheet.width - 2 * GAP_PX, 20), INK, ImageFont.load_default(20))
+    for number, cell in enumerate(cells):
+        x = GAP_PX + number % columns * pitch_x
+        y = CAPTION_PX + number // columns * pitch_y
+        _paste(sheet, cell.encoded, x, y)
+        draw.text((x, y + CELL_PX + 2), f"{number + 1}.  {cell.score:.3f}", FAINT, ImageFont.load_default(13))
+        draw.text((x, y + CELL_PX + 19), _fit(draw, cell.caption, CELL_PX, 14), INK, ImageFont.load_default(14))
+    return sheet
+
+
+def _paste(sheet: Image.Image, encoded: bytes | None, x: int, y: int) -> None:
+    box = (x, y, x + CELL_PX - 1, y + CELL_PX - 1)
+    if encoded is None:
+        ImageDraw.Draw(sheet).rectangle(box, outline=FAINT)
+        ImageDraw.Draw(sheet).text((x + 12, y + 12), "cannot be read now", FAINT, ImageFont.load_default(14))
+        return
+    with Image.open(io.BytesIO(encoded)) as picture:
+        picture.draft("RGB", (2 * CELL_PX, 2 * CELL_PX))  # JPEG only: decodes 4608-pixel originals 8 times faster
+        upright = ImageOps.exif_transpose(picture).convert("RGB")
+    upright.thumbnail((CELL_PX, CELL_PX), Image.Resampling.LANCZOS)
+    sheet.paste(upright, (x + (CELL_PX - upright.width) // 2, y + (CELL_PX - upright.height) // 2))
+
+
+def _fit(draw: ImageDraw.ImageDraw, text: str, width_px: int, size: int) -> str:
+    """Cut to what fits; captions are file names and labels of any length."""
+    text = "".join(ch if ch.isprintable() else "?" for ch in text)
+    font = ImageFont.load_default(size)
+    if draw.textlength(text, font) <= width_px:
+        return text
+    while text and draw.textlength(text + "...", font) > width_px:
+        text = text[:-1]
+    return text + "..."

@@ -1,0 +1,220 @@
+"""`python -m pipeline.index`: every picture of a source becomes a vector in a published, searchable index.
+
+    list the source -> diff against the manifest -> chunks to lanes -> shards -> publish a generation
+
+Killed at any instant it loses at most the chunks in flight; the same command goes on where it stopped. A second run
+over unchanged pictures starts no lane and embeds nothing.
+"""
+
+from __future__ import annotations
+
+import json
+import logging
+import os
+import signal
+import sys
+import time
+from dataclasses import asdict, dataclass
+from types import FrameType
+
+from engines.spec import ArtifactMissing
+from pipeline.batch import Item
+from pipeline.config import Config, UsageError, parse_index
+from pipeline.lanes import LaneSpec
+from pipeline.progress import Display, TransferBar
+from pipeline.scheduler import LaneFailed, Sharing, Totals
+from pipeline.sources import Damage, SourceError
+from pipeline.sources.download import DownloadError, download_inat2021
+from pipeline.store import Counts, Locked, Scope, Store, StoreDamaged, StoreError
+
+log = logging.getLogger("nightjar")
+
+SCHEMA = 1
+OBSERVE_ROWS = 2000  # listed rows per transaction: one fsync for two thousand pictures
+
+DONE, FAILED, USAGE, MANY_QUARANTINED, LOCKED, MANY_DELETED, INTERRUPTED = 0, 1, 2, 3, 4, 6, 130
+
+
+@dataclass(frozen=True)
+class Report:
+    """The last line of stdout: inputs = unchanged + embedded + copied + quarantined + pending (0 unless stopped)."""
+
+    schema: int
+    inputs: int
+    unchanged: int
+    embedded: int
+    copied: int
+    quarantined: int
+    quarantined_new: int
+    pending: int
+    deleted: int
+    seconds: float
+    images_per_s: float
+    bound: str
+    lanes: list[str]
+    decoders: dict[str, int]
+    model: str
+    index: str
+    generation: int | None
+    exit: int
+
+
+class TooManyDeletions(Exception):
+    """The source lost so much that a person should look before the index does the same."""
+
+
+class Stop:
+    """SIGINT or SIGTERM once: finish what is done and leave. Twice: leave now; committed rows are safe either way."""
+
+    def __init__(self) -> None:
+        self.requested = False
+        for number in (signal.SIGINT, signal.SIGTERM):
+            signal.signal(number, self._on_signal)
+
+    def _on_signal(self, number: int, frame: FrameType | None) -> None:
+        if self.requested:
+            os._exit(INTERRUPTED)
+        self.requested = True
+
+    def __call__(self) -> bool:
+        return self.requested
+
+
+def run(cfg: Config, stop: Stop) -> Report:
+    """The main job, top to bottom.
+
+    Raises:
+        Locked, StoreDamaged, SourceError, TooManyDeletions, LaneFailed: one line each; what was committed stays.
+    """
+    start_s = time.monotonic()
+    spec = cfg.artifact.spec
+    with Store.open(cfg.out, spec.space, spec.dim) as store:
+        number = store.begin_run(Scope(cfg.source.kind, cfg.source.root, cfg.source.options))
+        observe(cfg, store, stop)
+        deleted = 0 if stop() else delete_missing(cfg, store)
+        totals = embed(cfg, store, stop)
+        generation = None if stop() else store.publish(json.loads(spec.to_json()), {"artifact": str(cfg.artifact.path)})
+        report = account(cfg, store.counts(), totals, deleted, generation, time.monotonic() - start_s)
+        store.write_run_report(number, asdict(report))
+    return report
+
+
+def download(cfg: Config) -> None:
+    """The official archives into the root, resumed where an earlier download stopped."""
+    with TransferBar() as bar:
+        download_inat2021(cfg.source.root, cfg.source.options["split"], progress=bar.show)
+
+
+def observe(cfg: Config, store: Store, stop: Stop) -> None:
+    """List the source and let the manifest decide what is new, changed or known."""
+    items: list[Item] = []
+    listed, last_line_s = 0, time.monotonic()
+    for found in cfg.source.list(store.container_unchanged):
+        if isinstance(found, Item):
+            items.append(found)
+        elif isinstance(found, Damage):
+            log.warning("could not list all of %s: %s; what is known of it stays", found.key_prefix, found.words)
+            store.keep(found.key_prefix)
+        else:
+            store.observe(items)  # a container is remembered only after all of its items are
+            store.container_seen(found)
+            items = []
+        if len(items) >= OBSERVE_ROWS:
+            store.observe(items)
+            listed, items = listed + len(items), []
+            if time.monotonic() - last_line_s >= 1.0:
+                last_line_s = time.monotonic()
+                log.info("listing: %s pictures so far", f"{listed:,}")
+        if stop():
+            return
+    store.observe(items)
+
+
+def delete_missing(cfg: Config, store: Store) -> int:
+    """Rows of this source that were not listed leave the next generation."""
+    missing, known = store.listing_preview()
+    if missing and 100 * missing > cfg.max_deleted_percent * known:
+        raise TooManyDeletions(
+            f"{missing:,} of {known:,} known pictures are gone from {cfg.source.root}, more than --max-deleted "
+            f"{cfg.max_deleted_percent:g} %. Is it mounted? Nothing was changed; if this is right, run again with "
+            "--max-deleted 100"
+        )
+    return store.finish_listing()
+
+
+def embed(cfg: Config, store: Store, stop: Stop) -> Totals:
+    """Everything pending goes through the lanes; with nothing pending no lane is started."""
+    pending = store.counts().pending
+    if stop():
+        return Totals()
+    if not pending:
+        log.info("nothing to embed: every picture of %s is known and unchanged", cfg.source.root)
+        return Totals()
+    log.info("%s pictures to embed with %s", f"{pending:,}", cfg.artifact.spec.model)
+    with Display(pending, quiet=cfg.json_only) as display:
+        return Sharing(store, lane_specs(cfg), stop, display.tick).run()
+
+
+def lane_specs(cfg: Config) -> list[LaneSpec]:
+    spec = cfg.artifact.spec
+    return [
+        LaneSpec(
+            name=f"{device}:{number}", source=cfg.source, artifact_path=cfg.artifact.path, preprocess=spec.preprocess,
+            runtime=cfg.runtime, precision=cfg.precision, engine_threads=cfg.engine_threads,
+            decode_threads=cfg.decode_threads, space=spec.space,
+        )
+        for number, device in enumerate(cfg.devices)
+    ]
+
+
+def account(
+    cfg: Config, counts: Counts, totals: Totals, deleted: int, generation: int | None, seconds: float
+) -> Report:
+    """Every input has exactly one state after the run, and the states add up."""
+    unchanged = counts.embedded - totals.embedded - totals.copied
+    assert unchanged >= 0, f"{counts} against {totals}: rows were counted twice"
+    interrupted = generation is None
+    many = cfg.max_quarantined is not None and totals.quarantined_new > cfg.max_quarantined
+    return Report(
+        schema=SCHEMA, inputs=counts.embedded + counts.quarantined + counts.pending, unchanged=unchanged,
+        embedded=totals.embedded, copied=totals.copied, quarantined=counts.quarantined,
+        quarantined_new=totals.quarantined_new, pending=counts.pending, deleted=deleted, seconds=round(seconds, 3),
+        images_per_s=round((totals.embedded + totals.copied) / seconds, 2),
+        bound=max(totals.bound, key=lambda stage: totals.bound[stage]) if totals.bound else "",
+        lanes=[f"{device} {totals.engine}".strip() for device in cfg.devices], decoders=dict(totals.decoders),
+        model=cfg.artifact.spec.model, index=str(cfg.out / "index.h5"), generation=generation,
+        exit=INTERRUPTED if interrupted else MANY_QUARANTINED if many else DONE,
+    )
+
+
+def main(argv: list[str] | None = None) -> int:
+    logging.basicConfig(level=logging.INFO, format="%(message)s", stream=sys.stderr)
+    try:
+        cfg = parse_index(argv)
+        if cfg.json_only:
+            logging.getLogger().setLevel(logging.WARNING)
+        log.info("source %s: %s", cfg.source.kind, cfg.source.root)
+        log.info("index  %s", cfg.out)
+        if cfg.download:
+            download(cfg)
+        report = run(cfg, Stop())
+    except (UsageError, SourceError, ArtifactMissing) as error:
+        return _fail(USAGE, error)
+    except Locked as error:
+        return _fail(LOCKED, error)
+    except TooManyDeletions as error:
+        return _fail(MANY_DELETED, error)
+    except (DownloadError, LaneFailed, StoreDamaged, StoreError, OSError) as error:
+        return _fail(FAILED, error)
+    print(json.dumps(asdict(report)), flush=True)
+    return report.exit
+
+
+def _fail(code: int, error: Exception) -> int:
+    log.error("error: %s", error)
+    print(json.dumps({"schema": SCHEMA, "error": str(error), "exit": code}), flush=True)
+    return code
+
+
+if __name__ == "__main__":
+    sys.exit(main())

@@ -1,0 +1,250 @@
+"""The inside of a lane: three threads, each waiting for the one before, so that reading, decoding and encoding overlap.
+
+    reader   reads and hashes files, asks the coordinator which contents are new      -> Batch with `encoded`
+    decoder  decodes and preprocesses into a free engine buffer (pool of threads)     -> Batch with `slot`
+    encoder  (the main thread) runs the engine, collects vectors, writes the shard    -> Done
+
+Queues are bounded and time both ends; the engine is the slow stage on CPUs, so two batches of lead are enough.
+"""
+
+from __future__ import annotations
+
+import ctypes
+import os
+import queue
+import signal
+import threading
+import time
+import traceback
+from collections import Counter, deque
+from collections.abc import Callable, Iterator
+from concurrent.futures import ThreadPoolExecutor
+from dataclasses import dataclass, field
+from itertools import islice
+from multiprocessing.connection import Connection
+
+import numpy as np
+import numpy.typing as npt
+from blake3 import blake3
+
+from engines import EngineUnavailable, open_engine
+from engines.spec import Artifact
+from pipeline.batch import BadImage, Batch, Failure
+from pipeline.lanes import Board, Chunk, Claim, Done, LaneSpec, Ready, Refused, Tick, Verdict
+from pipeline.stages_cpu import CpuStages
+from pipeline.store import Outcome, PendingItem, write_shard
+
+READ_THREADS = 8  # hides the latency of network file systems; on a warm local cache one is enough
+LEAD_BATCHES = 2
+
+
+@dataclass
+class Work:
+    """A chunk on its way through the lane. The end of the chunk travels the same queues as its batches."""
+
+    chunk: Chunk
+    hashes: dict[int, bytes] = field(default_factory=dict)  # row id -> content hash
+    outcomes: list[Outcome] = field(default_factory=list)
+    emb_blocks: list[npt.NDArray[np.float16]] = field(default_factory=list)
+    emb_ids: list[int] = field(default_factory=list)
+    decoders: Counter[str] = field(default_factory=Counter)
+
+    def fail(self, row_id: int, failure: Failure) -> None:
+        self.outcomes.append(
+            Outcome(row_id, "quarantined", self.hashes.get(row_id), failure.reason, words=failure.words)
+        )
+
+
+def lane_main(spec: LaneSpec, conn: Connection, board: Board) -> None:
+    """Entry point of the child process."""
+    _die_with_parent()
+    for number in (signal.SIGINT, signal.SIGTERM):  # the coordinator decides; it sets the board's stop flag
+        signal.signal(number, signal.SIG_IGN)
+    try:
+        process = LaneProcess(spec, conn, board)
+    except EngineUnavailable as error:
+        conn.send(Refused(str(error)))
+        return
+    process.run()
+
+
+class LaneProcess:
+    def __init__(self, spec: LaneSpec, conn: Connection, board: Board) -> None:
+        self.spec, self.conn, self.board = spec, conn, board
+        self.send_lock = threading.Lock()
+        self.engine = open_engine(
+            Artifact.open(spec.artifact_path), "vision", spec.runtime, spec.precision, threads=spec.engine_threads
+        )
+        self.stages = CpuStages(spec.preprocess, spec.decode_threads, board)
+        self.backlog: deque[Chunk] = deque()
+        self.to_decode: queue.Queue[tuple[Work, Batch | None]] = queue.Queue(LEAD_BATCHES)
+        self.to_encode: queue.Queue[tuple[Work, Batch | None]] = queue.Queue(self.engine.slots)
+        self.free_slots: queue.Queue[int] = queue.Queue()
+        for slot in range(self.engine.slots):
+            self.free_slots.put(slot)
+        self.tick, self.tick_start_s = Tick(), time.monotonic()
+
+    def run(self) -> None:
+        card = self.engine.card
+        self._send(Ready(f"{card.runtime} {card.precision}", card.rows_per_s, card.batch))
+        for loop in (self._read_loop, self._decode_loop):
+            threading.Thread(target=self._guarded, args=(loop,), daemon=True).start()
+        self._guarded(self._encode_loop)
+
+    # ---- reader ----------------------------------------------------------------------------------------------------
+
+    def _read_loop(self) -> None:
+        with ThreadPoolExecutor(READ_THREADS) as pool:
+            while (chunk := self._next_chunk()) is not None:
+                work = Work(chunk)
+                for batch in self._batches(work, pool):
+                    start = time.monotonic()
+                    self.to_decode.put((work, batch))
+                    self.tick.read_wait_s += time.monotonic() - start
+                self.to_decode.put((work, None))
+
+    def _batches(self, work: Work, pool: ThreadPoolExecutor) -> Iterator[Batch]:
+        """Full batches of contents that nobody has computed yet; failed reads and copies get their outcome here."""
+        size, rows = self.engine.card.batch, iter(work.chunk.rows)
+        fresh: list[tuple[int, bytes]] = []
+        while (group := list(islice(rows, size))) and not self.board.stopped:
+            fresh += self._fresh(work, group, list(pool.map(self._read_one, group)))
+            while len(fresh) >= size:
+                yield _batch(fresh[:size])
+                del fresh[:size]
+        if fresh:
+            yield _batch(fresh)
+
+    def _read_one(self, row: PendingItem) -> tuple[bytes, bytes] | Failure:
+        try:
+            encoded = self.spec.source.read(row.locator, row.size_bytes)
+        except BadImage as bad:
+            return bad.failure
+        return encoded, blake3(encoded).digest(length=16)
+
+    def _fresh(
+        self, work: Work, group: list[PendingItem], reads: list[tuple[bytes, bytes] | Failure]
+    ) -> list[tuple[int, bytes]]:
+        readable: list[tuple[int, bytes]] = []
+        for row, read in zip(group, reads, strict=True):
+            if isinstance(read, Failure):
+                work.fail(row.id, read)
+            else:
+                readable.append((row.id, read[0]))
+                work.hashes[row.id] = read[1]
+        if not readable:
+            return []
+        self._send(Claim(work.chunk.number, [work.hashes[row_id] for row_id, _ in readable]))
+        new = self._await_verdict().new
+        for (row_id, _), is_new in zip(readable, new, strict=True):
+            if not is_new:
+                work.outcomes.append(Outcome(row_id, "copied", work.hashes[row_id]))
+        return [pair for pair, is_new in zip(readable, new, strict=True) if is_new]
+
+    def _next_chunk(self) -> Chunk | None:
+        if self.backlog:
+            return self.backlog.popleft()
+        message = self.conn.recv()
+        assert message is None or isinstance(message, Chunk), f"expected a chunk, got {message!r}"
+        if message is None:
+            os._exit(0)  # all chunks are done: the coordinator only asks then
+        return message
+
+    def _await_verdict(self) -> Verdict:
+        while not isinstance(message := self.conn.recv(), Verdict):
+            self.backlog.append(message)
+        return message
+
+    # ---- decoder ---------------------------------------------------------------------------------------------------
+
+    def _decode_loop(self) -> None:
+        while True:
+            start = time.monotonic()
+            work, batch = self.to_decode.get()
+            got = time.monotonic()
+            self.tick.decode_wait_s += got - start
+            if batch is not None:
+                if self.board.stopped:
+                    continue
+                batch.slot = self.free_slots.get()
+                self.tick.slot_wait_s += time.monotonic() - got
+                batch = self.stages(batch, self.engine.input(batch.slot))
+            self.to_encode.put((work, batch))
+
+    # ---- encoder ---------------------------------------------------------------------------------------------------
+
+    def _encode_loop(self) -> None:
+        while True:
+            start = time.monotonic()
+            work, batch = self.to_encode.get()
+            self.tick.encode_wait_s += time.monotonic() - start
+            if batch is None:
+                self._finish(work)
+            elif not self.board.stopped:
+                self._encode(work, batch)
+            self._tick_once_a_second()
+
+    def _encode(self, work: Work, batch: Batch) -> None:
+        rows = len(batch.ids)
+        self.engine.launch(batch.slot, rows)
+        emb_nd = self.engine.result(batch.slot)
+        self.free_slots.put(batch.slot)
+        good = np.array([row not in batch.failed for row in range(rows)])
+        if not np.isfinite(emb_nd[good]).all():
+            raise ArithmeticError(f"the engine {self.engine.card.runtime} gave vectors that are not finite")
+        for row, row_id in enumerate(batch.ids.tolist()):
+            if row in batch.failed:
+                work.fail(row_id, batch.failed[row])
+            else:
+                work.emb_ids.append(row_id)
+                work.outcomes.append(Outcome(row_id, "embedded", work.hashes[row_id], mark=batch.marks.get(row, "")))
+        work.emb_blocks.append(emb_nd[good])
+        work.decoders.update(batch.decoders)
+        self.tick.rows += rows
+
+    def _finish(self, work: Work) -> None:
+        shard = None
+        if work.emb_ids:  # an all-bad chunk gives no file
+            shard = write_shard(
+                work.chunk.shard_path,
+                np.concatenate(work.emb_blocks),
+                np.array(work.emb_ids, np.int64),
+                [work.hashes[row_id] for row_id in work.emb_ids],
+                {"space": self.spec.space},
+            )
+        self._send(Done(work.chunk.number, shard, work.outcomes, work.decoders))
+
+    # ---- all -------------------------------------------------------------------------------------------------------
+
+    def _tick_once_a_second(self) -> None:
+        now = time.monotonic()
+        if now - self.tick_start_s >= 1.0:
+            done, self.tick = self.tick, Tick()
+            done.seconds, self.tick_start_s = now - self.tick_start_s, now
+            self._send(done)
+
+    def _send(self, message: object) -> None:
+        with self.send_lock:
+            self.conn.send(message)
+
+    def _guarded(self, loop: Callable[[], None]) -> None:
+        """A bug of ours in any thread ends the whole lane, with its words; a thread never dies alone."""
+        try:
+            loop()
+        except (EOFError, BrokenPipeError):  # the coordinator is gone
+            os._exit(1)
+        except BaseException:  # noqa: BLE001
+            self._send(Refused(f"{self.spec.name} failed:\n{traceback.format_exc()}"))
+            os._exit(1)
+
+
+def _batch(rows: list[tuple[int, bytes]]) -> Batch:
+    return Batch(ids=np.array([row_id for row_id, _ in rows], np.int64), encoded=[encoded for _, encoded in rows])
+
+
+def _die_with_parent() -> None:
+    """Linux: kill this process when the coordinator dies, however it dies, so that no orphan writes a shard."""
+    pr_set_pdeathsig = 1
+    ctypes.CDLL(None).prctl(pr_set_pdeathsig, signal.SIGKILL)
+    if os.getppid() == 1:  # it died before we asked
+        os._exit(1)

@@ -1,0 +1,177 @@
+"""A lane = decode + preprocess + engine on one device, in a spawned child process of its own.
+
+The coordinator keeps a `Lane` handle per child: a pipe for messages and a `Board` in shared memory. A decoder that
+crashes or hangs takes its lane down and nothing else; the board says which rows it had in hand. Spawned, never forked:
+a forked child hangs once OpenMP has been used in the parent.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import multiprocessing
+import time
+from collections import Counter
+from dataclasses import dataclass, field
+from multiprocessing.connection import Connection
+from pathlib import Path
+from typing import Any, Literal, NamedTuple, TypeAlias
+
+from engines.spec import Precision, Preprocess
+from pipeline.sources import Source
+from pipeline.store import Outcome, PendingItem, ShardInfo
+
+PICTURE_DEADLINE_S = 60.0  # the slowest readable picture of our corpus takes 3 s; past this the decoder is hung
+STOP_GRACE_S = 30.0  # one engine batch of the largest model on one slow core
+
+
+class Chunk(NamedTuple):
+    """The unit of scheduling: rows to do, and where their vectors go."""
+
+    number: int
+    shard_path: Path
+    rows: list[PendingItem]
+
+
+class Claim(NamedTuple):
+    """Lane to coordinator: which of these contents are new? Those become this chunk's to compute."""
+
+    chunk: int
+    hashes: list[bytes]
+
+
+class Verdict(NamedTuple):
+    new: list[bool]
+
+
+class Done(NamedTuple):
+    """All rows of a chunk that have an outcome; rows without one (the run was stopped) stay pending."""
+
+    chunk: int
+    shard: ShardInfo | None
+    outcomes: list[Outcome]
+    decoders: Counter[str]
+
+
+class Ready(NamedTuple):
+    engine: str  # runtime and precision in words
+    rows_per_s: float  # as measured when the engine was built
+    batch: int
+
+
+class Refused(NamedTuple):
+    """The lane cannot run at all, or met a bug of ours; either ends the run with these words."""
+
+    words: str
+
+
+@dataclass(slots=True)
+class Tick:
+    """What one second looked like from inside the lane: the waits name the bound stage."""
+
+    rows: int = 0
+    read_wait_s: float = 0.0  # reader blocked because decode was busy
+    decode_wait_s: float = 0.0  # decoder waiting for bytes
+    slot_wait_s: float = 0.0  # decoder waiting for a free engine buffer
+    encode_wait_s: float = 0.0  # engine waiting for pixels
+    seconds: float = 0.0
+
+    @property
+    def bound(self) -> str:
+        """The stage everybody else waits for: the engine unless it waits itself more than a tenth of the time."""
+        if self.encode_wait_s < 0.1 * self.seconds:
+            return "engine"
+        return "decode" if self.decode_wait_s < 0.5 * self.seconds else "read"
+
+
+Message: TypeAlias = Claim | Done | Ready | Refused | Tick
+
+
+class Board:
+    """Shared memory between a lane and the coordinator: a stop flag, and the row each decoder thread has in hand.
+
+    No locks, so that a child killed at any instruction leaves nothing locked; every cell is one aligned int64.
+    """
+
+    def __init__(self, workers: int) -> None:
+        self._cells: Any = multiprocessing.get_context("spawn").RawArray("q", 1 + 2 * workers)
+
+    def stop(self) -> None:
+        self._cells[0] = 1
+
+    @property
+    def stopped(self) -> bool:
+        return bool(self._cells[0])
+
+    def start(self, worker: int, row_id: int, deadline_s: float = PICTURE_DEADLINE_S) -> None:
+        self._cells[2 + 2 * worker] = time.monotonic_ns() + int(deadline_s * 1e9)
+        self._cells[1 + 2 * worker] = row_id
+
+    def finish(self, worker: int) -> None:
+        self._cells[1 + 2 * worker] = 0
+
+    def in_hand(self) -> set[int]:
+        """Rows being decoded now (manifest ids start at 1, so 0 means idle)."""
+        return {int(row) for row in self._cells[1::2] if row}
+
+    def overdue(self) -> set[int]:
+        now = time.monotonic_ns()
+        pairs = zip(self._cells[1::2], self._cells[2::2], strict=True)
+        return {int(row) for row, deadline in pairs if row and deadline < now}
+
+
+@dataclass(frozen=True)
+class LaneSpec:
+    """All a child needs to start; crosses the process border once."""
+
+    name: str
+    source: Source
+    artifact_path: Path
+    preprocess: Preprocess
+    runtime: str
+    precision: Precision | Literal["auto"]
+    engine_threads: int
+    decode_threads: int
+    space: str
+
+
+@dataclass
+class Lane:
+    """The coordinator's handle on one child."""
+
+    spec: LaneSpec
+    process: Any
+    conn: Connection
+    board: Board
+    ready: Ready | None = None
+    chunks: dict[int, Chunk] = field(default_factory=dict)  # handed out and not yet done
+    rows_per_s: float = 0.0  # by its last ticks; 0 until known
+    alone: bool = False  # it holds one suspect row and gets nothing else until that is decided
+    hung: bool = False
+
+    @classmethod
+    def start(cls, spec: LaneSpec) -> Lane:
+        from pipeline.lane_process import lane_main
+
+        context = multiprocessing.get_context("spawn")
+        ours, theirs = context.Pipe()
+        board = Board(spec.decode_threads)
+        process = context.Process(target=lane_main, args=(spec, theirs, board), name=spec.name, daemon=True)
+        process.start()
+        theirs.close()  # so that the child's death is an end of file here
+        return cls(spec, process, ours, board)
+
+    def give(self, chunk: Chunk) -> None:
+        self.chunks[chunk.number] = chunk
+        self.conn.send(chunk)
+
+    def kill(self) -> None:
+        self.process.kill()
+        self.process.join()
+        self.conn.close()
+
+    def close(self) -> None:
+        """Ask the child to leave, and make sure it has."""
+        with contextlib.suppress(OSError):  # it has left already
+            self.conn.send(None)
+        self.process.join(timeout=5)
+        self.kill()

@@ -1,0 +1,224 @@
+"""Work sharing: cuts pending rows into chunks, hands them to lanes first come first served, commits what comes back.
+
+Every pending row is handed out until it has an outcome. When a lane dies or hangs, the rows it had in hand are retried
+alone, one per chunk; one that takes a lane down by itself is quarantined, and everything else goes back to the queue.
+Each lane holds two chunks, so that it never waits for the coordinator between them.
+"""
+
+from __future__ import annotations
+
+import logging
+import math
+import sys
+import time
+from collections import Counter, deque
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, field
+from multiprocessing.connection import wait
+
+from pipeline.batch import Reason
+from pipeline.lanes import STOP_GRACE_S, Chunk, Claim, Done, Lane, LaneSpec, Message, Ready, Refused, Tick, Verdict
+from pipeline.store import Outcome, PendingItem, Store
+
+log = logging.getLogger(__name__)
+
+CHUNK_S = 15.0  # what a kill -9 may cost per lane and chunk, against one fsync and one commit per chunk
+CHUNKS_PER_LANE = 2
+CHUNK_ROWS_MAX = 4096  # keeps a chunk's outcomes below a few MB whatever the speed
+LANE_DEATHS_MAX = 3  # deaths in a row with nobody to blame: it is not the pictures
+
+
+class LaneFailed(Exception):
+    """No lane can do the work; the words are the lane's own."""
+
+
+@dataclass
+class Totals:
+    """What this run did, by outcome."""
+
+    embedded: int = 0
+    copied: int = 0
+    quarantined_new: int = 0
+    decoders: Counter[str] = field(default_factory=Counter)
+    bound: Counter[str] = field(default_factory=Counter)  # seconds by bound stage
+    engine: str = ""
+
+
+@dataclass
+class Sharing:
+    """The coordinator's loop over one store and its lanes."""
+
+    store: Store
+    specs: Sequence[LaneSpec]
+    stopping: Callable[[], bool]
+    on_tick: Callable[[Lane, Tick, Totals], None]
+    totals: Totals = field(default_factory=Totals)
+    lanes: list[Lane] = field(default_factory=list)
+    returned: deque[PendingItem] = field(default_factory=deque)  # of chunks whose lane died
+    suspects: deque[PendingItem] = field(default_factory=deque)  # to be retried alone
+    cursor: int = 0  # rows up to here have been handed out in this pass
+    left: int = 0  # rows of this pass not handed out yet
+    chunk_number: int = 0
+    claimed: dict[bytes, int] = field(default_factory=dict)  # content hash -> chunk that computes it
+    deaths: int = 0  # in a row, with no suspect and no finished chunk
+    _left_before: int = sys.maxsize  # pending rows when this pass began
+
+    def run(self) -> Totals:
+        """Until every pending row has an outcome, or the run is stopped.
+
+        Raises:
+            LaneFailed: a lane refused to start, met a bug of ours, or keeps dying with no picture to blame.
+        """
+        self.left = self.store.counts().pending
+        self.lanes = [Lane.start(spec) for spec in self.specs]
+        try:
+            while not self.stopping() and self._hand_out():
+                self._listen(timeout_s=0.2)
+                self._kill_the_hung()
+            if self.stopping():
+                self._drain()
+        finally:
+            for lane in self.lanes:
+                lane.close()
+        return self.totals
+
+    # ---- handing out -----------------------------------------------------------------------------------------------
+
+    def _hand_out(self) -> bool:
+        """Top every lane up; False when every row has its outcome."""
+        for _ in range(CHUNKS_PER_LANE):
+            for lane in self.lanes:
+                if lane.ready and not lane.alone and len(lane.chunks) < CHUNKS_PER_LANE:
+                    self._give(lane)
+        if any(lane.chunks or not lane.ready for lane in self.lanes):
+            return True
+        return self._another_pass()
+
+    def _give(self, lane: Lane) -> None:
+        if self.suspects:
+            if lane.chunks:
+                return  # wait: a suspect must be alone, so that a second death can only be its own
+            lane.alone, rows = True, [self.suspects.popleft()]
+        else:
+            rows = self._next_rows(self._chunk_rows(lane))
+        if rows:
+            self.chunk_number += 1
+            lane.give(Chunk(self.chunk_number, self.store.shard_path(), rows))
+
+    def _next_rows(self, count: int) -> list[PendingItem]:
+        if self.returned:
+            return [self.returned.popleft() for _ in range(min(count, len(self.returned)))]
+        rows = self.store.pending(count, self.cursor)
+        if rows:
+            self.cursor, self.left = rows[-1].id, self.left - len(rows)
+        return rows
+
+    def _chunk_rows(self, lane: Lane) -> int:
+        """About CHUNK_S of work, whole batches, and never more than a lane's fair share of half of what is left."""
+        assert lane.ready
+        wanted: float = min(CHUNK_S * (lane.rows_per_s or lane.ready.rows_per_s), CHUNK_ROWS_MAX)
+        fair = self.left / (2 * len(self.lanes))
+        return lane.ready.batch * max(1, math.ceil(min(wanted, fair) / lane.ready.batch))
+
+    def _another_pass(self) -> bool:
+        """Copies whose original failed, or sat in a chunk that never came back, are still pending: start over."""
+        left = self.store.counts().pending
+        if left and left >= self._left_before:
+            raise LaneFailed(f"{left} rows stay pending although every one was handed out; this is a bug of ours")
+        self.left, self._left_before, self.cursor = left, left, 0
+        return left > 0
+
+    # ---- listening -------------------------------------------------------------------------------------------------
+
+    def _listen(self, timeout_s: float) -> None:
+        by_conn = {lane.conn: lane for lane in self.lanes}
+        for conn in wait(list(by_conn), timeout_s):
+            lane = by_conn[conn]  # type: ignore[index]
+            try:
+                self._handle(lane, lane.conn.recv())
+            except (EOFError, ConnectionResetError):
+                self._bury(lane)
+
+    def _handle(self, lane: Lane, message: Message) -> None:
+        match message:
+            case Claim():
+                lane.conn.send(Verdict(self._judge(message)))
+            case Done():
+                self._commit(lane, message)
+            case Tick():
+                if message.rows:
+                    lane.rows_per_s = message.rows / message.seconds
+                self.totals.bound[message.bound] += message.seconds
+                self.on_tick(lane, message, self.totals)
+            case Ready():
+                lane.ready, self.totals.engine = message, message.engine
+                log.info("%s runs %s", lane.spec.name, message.engine)
+            case Refused(words):
+                raise LaneFailed(words)
+
+    def _judge(self, claim: Claim) -> list[bool]:
+        """New contents are reserved for the asking chunk, so that equal bytes are computed once."""
+        new = []
+        for content_hash, known in zip(claim.hashes, self.store.has_vectors(claim.hashes), strict=True):
+            new.append(not known and content_hash not in self.claimed)
+            if new[-1]:
+                self.claimed[content_hash] = claim.chunk
+        return new
+
+    def _commit(self, lane: Lane, done: Done) -> None:
+        committed = self.store.commit_chunk(done.shard, done.outcomes)
+        self.totals.embedded += committed.embedded
+        self.totals.copied += committed.copied
+        self.totals.quarantined_new += committed.quarantined_new
+        self.totals.decoders.update(done.decoders)
+        self._release(lane, done.chunk)
+        lane.alone, self.deaths = False, 0
+
+    def _release(self, lane: Lane, chunk_number: int) -> Chunk:
+        self.claimed = {h: number for h, number in self.claimed.items() if number != chunk_number}
+        return lane.chunks.pop(chunk_number)
+
+    # ---- deaths ----------------------------------------------------------------------------------------------------
+
+    def _kill_the_hung(self) -> None:
+        for lane in self.lanes:
+            if lane.board.overdue() and not lane.hung:
+                lane.hung = True
+                lane.process.kill()  # the end of file on its pipe does the rest
+
+    def _bury(self, lane: Lane) -> None:
+        """A lane died: settle its rows and start another in its place."""
+        rows = [row for number in list(lane.chunks) for row in self._release(lane, number).rows]
+        in_hand = lane.board.in_hand()
+        lane.kill()
+        if lane.alone:
+            self._condemn(rows.pop(), "timeout" if lane.hung else "decoder_crash", lane.process.exitcode)
+        elif not in_hand:
+            self.deaths += 1
+        if self.deaths >= LANE_DEATHS_MAX:
+            raise LaneFailed(
+                f"{lane.spec.name} died {self.deaths} times in a row (exit code {lane.process.exitcode}) with no "
+                "picture in hand: out of memory, or a fault of the engine; see the system log"
+            )
+        log.warning(
+            "%s died (exit code %s); %d unfinished rows are retried, %d of them alone",
+            lane.spec.name, lane.process.exitcode, len(rows), len(in_hand) if rows else 0,
+        )
+        self.suspects.extend(row for row in rows if row.id in in_hand)
+        self.returned.extend(row for row in rows if row.id not in in_hand)
+        self.lanes.remove(lane)
+        if not self.stopping():
+            self.lanes.append(Lane.start(lane.spec))
+
+    def _condemn(self, row: PendingItem, reason: Reason, exitcode: int | None) -> None:
+        words = f"took its decoder process down twice, the second time alone (exit code {exitcode})"
+        committed = self.store.commit_chunk(None, [Outcome(row.id, "quarantined", None, reason, words=words)])
+        self.totals.quarantined_new += committed.quarantined_new
+
+    def _drain(self) -> None:
+        """The run is stopped: lanes drop the batch in flight and hand in the rows that are done."""
+        for lane in self.lanes:
+            lane.board.stop()
+        deadline_s = time.monotonic() + STOP_GRACE_S
+        while any(lane.chunks for lane in self.lanes) and time.monotonic() < deadline_s:
+            self._listen(timeout_s=0.2)

@@ -1,0 +1,114 @@
+"""What tar and parquet share: finding the container files of a root, and skipping those an earlier run has listed.
+
+A root is one container file, a folder of them (with sub-folders), or a glob such as '/data/train-*.tar'; local or any
+fsspec URL. A picture's key is `<container name>/<its name or number inside>`, its etag the container's: when a
+container changes, all its pictures are read again, and those whose bytes are known are not computed again.
+"""
+
+from __future__ import annotations
+
+import logging
+import re
+from abc import ABC, abstractmethod
+from collections.abc import Iterator
+from dataclasses import dataclass
+from typing import ClassVar, Self
+
+from pipeline.batch import Item
+from pipeline.sources import Container, Damage, Entry, SourceError, Unchanged
+from pipeline.sources.keys import encode_key
+from pipeline.sources.places import Found, Place, canonical_root, is_url, place_at, same_file, words_of
+
+log = logging.getLogger(__name__)
+
+_MAGIC = re.compile(r"[*?\[]")
+
+
+@dataclass(frozen=True)
+class ContainerSource(ABC):
+    root: str
+    folder: str  # what names are relative to
+    pattern: str  # the containers below it: "" for all, else a file name or a glob
+
+    kind: ClassVar[str]
+    ending: ClassVar[str]  # of the containers among other files of a folder
+
+    @classmethod
+    def open(cls, root: str) -> Self:
+        canonical = canonical_root(root)
+        source = cls(canonical, *_folder_and_pattern(canonical, cls.ending))
+        place = place_at(source.folder)
+        if not (place.names_like(source.pattern) if source.pattern else place.is_folder()):
+            raise SourceError(
+                f"root {root!r} is not there; --source {cls.kind} expects a {cls.ending} file, a folder of them, "
+                f"or a quoted glob such as 'data/*{cls.ending}'"
+            )
+        return source
+
+    @property
+    def options(self) -> dict[str, str]:
+        return {}
+
+    @abstractmethod
+    def list_one(self, place: Place, container: Found) -> Iterator[Item | Damage]:
+        """The pictures of one container. Whatever it raises becomes the damage of that container."""
+
+    def list(self, unchanged: Unchanged) -> Iterator[Entry]:
+        place = place_at(self.folder)
+        for name in self._names(place):
+            if isinstance(name, Damage):
+                yield name
+                continue
+            prefix = encode_key(name) + "/"
+            try:
+                found = place.find(name)
+            except Exception as error:  # tarfile, pyarrow and every remote file system raise their own types
+                log.warning("%s cannot be opened", prefix, exc_info=True)
+                yield Damage(prefix, words_of(error))
+                continue
+            uri = place.uri(name)
+            if unchanged(uri, found.size_bytes, found.etag):
+                yield Container(uri, prefix, found.size_bytes, found.etag, unchanged=True)
+                continue
+            whole = True
+            for entry in self._list_changed(place, found, prefix):
+                whole = whole and not isinstance(entry, Damage)
+                yield entry
+            if whole:
+                yield Container(uri, prefix, found.size_bytes, found.etag, unchanged=False)
+
+    def _list_changed(self, place: Place, found: Found, prefix: str) -> Iterator[Item | Damage]:
+        try:
+            yield from self.list_one(place, found)
+            if not same_file(found, place.find(found.name)):
+                log.warning("%s changed while it was listed", prefix)
+                yield Damage(prefix, "it changed while it was listed")
+        except Exception as error:  # see list
+            log.warning("%s cannot be listed to its end", prefix, exc_info=True)
+            yield Damage(prefix, words_of(error))
+
+    def _names(self, place: Place) -> Iterator[bytes | Damage]:
+        if self.pattern:
+            yield from place.names_like(self.pattern)
+            return
+        ending = self.ending.encode()
+        for found in place.walk():
+            if isinstance(found, Damage):
+                yield found
+            elif found.name.lower().endswith(ending):
+                yield found.name
+
+
+def _folder_and_pattern(root: str, ending: str) -> tuple[str, str]:
+    """Splits in front of the file name or the first part with a wildcard; a whole folder has no pattern.
+
+    A URL is split by its looks: asking a web server whether a large tar is a folder would fetch it.
+    """
+    looks_like_files = root.lower().endswith(ending) or _MAGIC.search(root) is not None
+    if not looks_like_files if is_url(root) else place_at(root).is_folder():
+        return root, ""
+    folder, _, pattern = root.rpartition("/")
+    while _MAGIC.search(folder):
+        folder, _, step = folder.rpartition("/")
+        pattern = f"{step}/{pattern}"
+    return folder, pattern

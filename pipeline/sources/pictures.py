@@ -1,0 +1,70 @@
+"""Which files of a tree are taken for pictures: all of them, except those that neither name nor content claims.
+
+Every file counts as an input and a broken or strange one ends up in the quarantine ledger, so nothing is lost in
+silence. But captions, tables, archives and films beside the pictures would flood that ledger. So a file whose name
+says "no picture" (`NOT_PICTURES`, or a dot in front) is looked into, 32 bytes, and taken only if these begin a
+picture. Remote files are judged by the name alone: looking costs a request each. The log has the count left out.
+"""
+
+from __future__ import annotations
+
+import logging
+from collections import Counter
+from collections.abc import Iterator
+
+from pipeline.sources import Damage
+from pipeline.sources.places import Found, Place
+
+log = logging.getLogger(__name__)
+
+PICTURES = frozenset(
+    b"jpg jpeg jpe jfif png apng webp gif bmp dib tif tiff avif heic heif hif jp2 j2k jpf jpx jxl ico mpo".split()
+)
+NOT_PICTURES = frozenset(
+    b"txt md csv tsv json jsonl xml xmp html htm yaml yml toml ini log pdf aae cls parquet arrow npy npz h5 hdf5 "
+    b"sqlite db zip gz tgz tar bz2 xz zst 7z rar mp4 m4v mov avi mkv webm mp3 m4a wav".split()
+)
+_BEGINNINGS = (
+    b"\xff\xd8\xff",  # JPEG
+    b"\x89PNG\r\n\x1a\n",
+    b"GIF8",
+    b"II*\0",  # TIFF
+    b"MM\0*",
+    b"\0\0\0\x0cjP  ",  # JPEG 2000
+    b"\xff\x4f\xff\x51",
+    b"\0\0\x01\0",  # ICO
+)
+_HEIF_BRANDS = frozenset({b"avif", b"avis", b"heic", b"heix", b"heim", b"heis", b"hevc", b"hevx", b"mif1", b"msf1"})
+
+
+def extension(name: bytes) -> bytes:
+    """Lower case, without the dot; empty where there is none."""
+    _, dot, end = name.rpartition(b"/")[2].rpartition(b".")
+    return end.lower() if dot else b""
+
+
+def begins_a_picture(head: bytes) -> bool:
+    if head.startswith(_BEGINNINGS):
+        return True
+    if head[:4] == b"RIFF":
+        return head[8:12] == b"WEBP"
+    if head[4:8] == b"ftyp":
+        return head[8:12] in _HEIF_BRANDS
+    # Two letters are too little for BMP: it also has the size of its second header, one of a few, at byte 14.
+    return head[:2] == b"BM" and int.from_bytes(head[14:18], "little") in (12, 16, 40, 52, 56, 64, 108, 124)
+
+
+def only_pictures(place: Place, files: Iterator[Found | Damage]) -> Iterator[Found | Damage]:
+    left_out: Counter[str] = Counter()
+    for found in files:
+        if isinstance(found, Found):
+            last = found.name.rpartition(b"/")[2]
+            hidden = last.startswith(b".")
+            kind = last.rpartition(b".")[2].lower()
+            if (hidden or kind in NOT_PICTURES) and not begins_a_picture(place.head(found.name, 32) or b""):
+                left_out["hidden" if hidden else kind.decode()] += 1
+                continue
+        yield found
+    if left_out:
+        counts = ", ".join(f"{count} {kind}" for kind, count in left_out.most_common())
+        log.info("left out, no pictures by their names and first bytes: %s", counts)

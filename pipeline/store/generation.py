@@ -1,0 +1,178 @@
+"""Reading a published generation. Never opens the manifest, never reads through the virtual dataset.
+
+    with Generation.open(Path("INDEX")) as generation:
+        for block in generation.blocks():           # memory-mapped float16, one block per data file
+            scores = block.emb_nd @ query           # positions in the file ...
+            block.index_rows                        # ... to rows of index.h5, -1 where dead
+        generation.keys(rows), generation.metadata(rows)
+
+What `open` resolved stays readable through later publishes, folding and pruning: mappings outlive the names of their
+files. A data file costs one descriptor, and a generation has at most 256 (33 below 40 M rows, after folding).
+"""
+
+from __future__ import annotations
+
+import json
+import os
+from collections.abc import Iterator
+from dataclasses import dataclass
+from pathlib import Path
+from types import TracebackType
+from typing import Any, Literal, NamedTuple
+from urllib.parse import unquote_to_bytes
+
+import h5py
+import numpy as np
+import numpy.typing as npt
+
+from pipeline.store.files import GENERATION_SCHEMA, NoIndex, StoreDamaged, StoreError
+from pipeline.store.listing import Scope
+from pipeline.store.shards import F16, ShardInfo, check_file, map_embeddings
+
+Check = Literal["size", "digest"]
+
+
+class Picture(NamedTuple):
+    source: Scope
+    locator: bytes
+    size_bytes: int
+
+
+@dataclass(frozen=True, slots=True)
+class Block:
+    """All vectors of one data file, dead ones too: scan them raw, then drop what maps to no row."""
+
+    name: str
+    emb_nd: np.memmap[Any, F16]
+    first_row: int  # row of index.h5 that its first live vector has
+    runs: npt.NDArray[np.int64]  # (k, 2): first position and count of each stretch of live vectors
+
+    @property
+    def live(self) -> int:
+        return int(self.runs[:, 1].sum())
+
+    @property
+    def index_rows(self) -> npt.NDArray[np.int64]:
+        """(len(emb_nd),) the row of index.h5 of each position, -1 where it is dead."""
+        rows = np.full(len(self.emb_nd), -1, np.int64)
+        at = self.first_row
+        for start, count in self.runs.tolist():
+            rows[start : start + count] = np.arange(at, at + count)
+            at += count
+        return rows
+
+
+class Generation:
+    def __init__(self, index: Path, home: Path, check: Check) -> None:
+        content = _load(home / "generation.json")
+        self.number: int = content["number"]
+        self.space: str = content["space"]
+        self.dim: int = content["dim"]
+        self.rows: int = content["rows"]
+        self.spec: dict[str, Any] = content["spec"]
+        self.extra: dict[str, Any] = content["extra"]
+        self.sources = {entry.pop("id"): Scope(**entry) for entry in content["sources"]}
+        own = ShardInfo(**content["index"])
+        check_file(index / own.name, own, check == "digest")
+        self._blocks: list[Block] = []
+        at = 0
+        for entry in [*content["files"], {**content["index"], "runs": [[0, own.rows]]}]:
+            runs = np.array(entry.pop("runs"), np.int64).reshape(-1, 2)
+            info = ShardInfo(**entry)
+            if not info.rows:
+                continue
+            emb_nd = map_embeddings(index / info.name, info, check == "digest")
+            self._blocks.append(Block(info.name, emb_nd, at, runs))
+            at += int(runs[:, 1].sum())
+        if at != self.rows:
+            raise StoreDamaged(home / "generation.json", f"{self.rows} live rows", f"{at}", "Publish a new generation")
+        self._table = h5py.File(index / own.name, "r", locking=False)
+
+    @classmethod
+    def open(cls, index: Path, check: Check = "size") -> Generation:
+        """What `current` points at now. Should a publisher prune it while it is being opened, the newer one."""
+        while True:
+            try:
+                home = index / os.readlink(index / "current")
+            except FileNotFoundError:
+                raise NoIndex(
+                    f"no index in {index} (it has no link `current`); make one: python -m pipeline.index --out {index}"
+                ) from None
+            try:
+                return cls(index, home, check)
+            except StoreDamaged:
+                if index / os.readlink(index / "current") == home:
+                    raise
+
+    def __enter__(self) -> Generation:
+        return self
+
+    def __exit__(self, kind: type[BaseException] | None, error: BaseException | None, _: TracebackType | None) -> None:
+        self.close()
+
+    def close(self) -> None:
+        """Close the table. Blocks that somebody holds stay readable."""
+        self._table.close()
+        self._blocks.clear()
+
+    def blocks(self) -> Iterator[Block]:
+        yield from self._blocks
+
+    def keys(self, rows: npt.NDArray[np.int64]) -> list[str]:
+        return self._strings("key", rows)
+
+    def marks(self, rows: npt.NDArray[np.int64]) -> list[str]:
+        return self._strings("mark", rows)
+
+    def pictures(self, rows: npt.NDArray[np.int64]) -> list[Picture]:
+        """Where each picture was read from, and can be read again while the source keeps it."""
+        locators, sizes = self._strings("locator", rows), self._column("size_bytes", rows)
+        return [
+            Picture(self.sources[int(number)], unquote_to_bytes(locator), int(size))
+            for number, locator, size in zip(self._column("source", rows), locators, sizes, strict=True)
+        ]
+
+    def content_hashes(self, rows: npt.NDArray[np.int64]) -> list[bytes]:
+        return [row.tobytes() for row in self._column("content_hash", rows)]
+
+    def metadata(self, rows: npt.NDArray[np.int64]) -> list[dict[str, str | int | float]]:
+        """Per row, the values it has; a missing one is left out."""
+        found: list[dict[str, str | int | float]] = [{} for _ in rows]
+        for path, dataset in self._table["metadata"].items():
+            name, kind = dataset.attrs["name"], dataset.attrs["kind"]
+            if kind == "text":
+                for values, text in zip(found, self._strings(f"metadata/{path}", rows), strict=True):
+                    if text:
+                        values[name] = text
+                continue
+            for values, number in zip(found, self._column(f"metadata/{path}", rows), strict=True):
+                if not np.isnan(number):
+                    values[name] = int(number) if kind == "integer" else float(number)
+        return found
+
+    def _strings(self, path: str, rows: npt.NDArray[np.int64]) -> list[str]:
+        return [text.decode() for text in self._column(path, rows)]
+
+    def _column(self, path: str, rows: npt.NDArray[np.int64]) -> npt.NDArray[Any]:
+        # h5py wants increasing positions, each once.
+        unique, back = np.unique(np.asarray(rows, np.int64), return_inverse=True)
+        if not len(unique):
+            return np.empty(0)
+        values: npt.NDArray[Any] = self._table[path][unique][back]
+        return values
+
+
+def _load(path: Path) -> dict[str, Any]:
+    remedy = "Restore the folder from a backup, or point `current` at an older generation"
+    try:
+        content: dict[str, Any] = json.loads(path.read_text(encoding="utf-8"))
+    except FileNotFoundError:
+        raise StoreDamaged(path, "a generation", "no file", remedy) from None
+    except ValueError as error:
+        raise StoreDamaged(path, "JSON", str(error), remedy) from None
+    if content.get("schema") != GENERATION_SCHEMA:
+        raise StoreError(
+            f"{path} has schema {content.get('schema')}, this version of nightjar reads {GENERATION_SCHEMA}; "
+            "read it with the version that wrote it"
+        )
+    return content

@@ -1,0 +1,132 @@
+"""The manifest: one SQLite file that says what exists. Only the coordinator opens it; readers use generations.
+
+A file of the index that the manifest does not name is garbage, so one transaction (WAL, synchronous=FULL) decides
+whether a shard exists. About 330 bytes per picture, 33 GB at 100 M. Indexes are partial where they can be: a run in
+which nothing changed reads the (scope, key) index and writes nothing.
+
+What each table says:
+    input       one row per key ever listed; ids are never reused. `content_hash` is that of the bytes last read:
+                while a picture is pending again, or cannot be read tonight, its last vector is still served.
+                `last_seen` is settled when the row goes; a live row was seen in `source.listed` at the latest.
+    vector      one row per (content, space); `row` is its place in `shard`
+    metadata    JSON by its hash, so that a night that reads no container keeps it
+    source      one row per scope; `space` is the one that the states of its inputs speak about
+    generation  what was published and the files it names; they live as long as it is kept
+"""
+
+from __future__ import annotations
+
+import sqlite3
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any
+
+from pipeline.store.files import StoreError
+
+SCHEMA_VERSION = 1
+CACHE_KIB = 65_536
+VARIABLES = 5_000  # per statement; SQLite allows 32,766
+
+# A file to read: new or changed ("pending"), or known bytes that have no vector in the space of this run ("rebuild").
+PENDING = "status IN ('pending', 'rebuild')"
+# A picture a generation shows, if its content has a vector in the generation's space.
+LIVE = "(i.status IN ('embedded', 'pending', 'rebuild') OR (i.status = 'quarantined' AND i.reason = 'read_error'))"
+
+_SCHEMA = f"""
+CREATE TABLE meta(key TEXT PRIMARY KEY, value NOT NULL) WITHOUT ROWID;
+CREATE TABLE space(id INTEGER PRIMARY KEY, name TEXT NOT NULL UNIQUE, dim INTEGER NOT NULL);
+CREATE TABLE source(
+    id INTEGER PRIMARY KEY, kind TEXT NOT NULL, root TEXT NOT NULL, options TEXT NOT NULL,
+    space INTEGER NOT NULL REFERENCES space, listed INTEGER NOT NULL, UNIQUE(kind, root, options));
+CREATE TABLE run(number INTEGER PRIMARY KEY AUTOINCREMENT, scope INTEGER NOT NULL, space INTEGER NOT NULL,
+    started_s INTEGER NOT NULL);
+CREATE TABLE input(
+    id INTEGER PRIMARY KEY AUTOINCREMENT, scope INTEGER NOT NULL REFERENCES source, key TEXT NOT NULL,
+    locator BLOB NOT NULL, size INTEGER NOT NULL, mtime_ns INTEGER NOT NULL, etag TEXT NOT NULL,
+    content_hash BLOB, meta_hash BLOB, status TEXT NOT NULL, reason TEXT NOT NULL DEFAULT '',
+    words TEXT NOT NULL DEFAULT '', attempts INTEGER NOT NULL DEFAULT 0,
+    first_seen INTEGER NOT NULL, last_seen INTEGER NOT NULL, UNIQUE(scope, key));
+CREATE INDEX input_pending ON input(scope, id) WHERE {PENDING};
+CREATE INDEX input_quarantined ON input(scope, reason, id) WHERE status = 'quarantined';
+CREATE INDEX input_deleted ON input(scope, id) WHERE status = 'deleted';
+CREATE TABLE metadata(meta_hash BLOB PRIMARY KEY, json TEXT NOT NULL);
+CREATE TABLE container(scope INTEGER NOT NULL, uri TEXT NOT NULL, size INTEGER NOT NULL, etag TEXT NOT NULL,
+    PRIMARY KEY(scope, uri)) WITHOUT ROWID;
+CREATE TABLE shard(
+    id INTEGER PRIMARY KEY AUTOINCREMENT, name TEXT NOT NULL UNIQUE, space INTEGER NOT NULL, rows INTEGER NOT NULL,
+    bytes INTEGER NOT NULL, digest TEXT NOT NULL, offset INTEGER NOT NULL);
+CREATE TABLE vector(
+    content_hash BLOB NOT NULL, space INTEGER NOT NULL, shard INTEGER NOT NULL, row INTEGER NOT NULL,
+    mark TEXT NOT NULL, PRIMARY KEY(content_hash, space)) WITHOUT ROWID;
+CREATE TABLE generation(number INTEGER PRIMARY KEY AUTOINCREMENT, space INTEGER NOT NULL, state INTEGER NOT NULL,
+    files TEXT NOT NULL);
+INSERT INTO meta VALUES ('schema', {SCHEMA_VERSION}), ('state', 0);
+"""
+
+
+def connect(path: Path) -> sqlite3.Connection:
+    db = sqlite3.connect(path, isolation_level=None)
+    try:
+        for pragma in ("journal_mode = WAL", "synchronous = FULL", f"cache_size = -{CACHE_KIB}"):
+            db.execute(f"PRAGMA {pragma}")
+        if not db.execute("SELECT 1 FROM sqlite_master WHERE name = 'meta'").fetchone():
+            with transaction(db):
+                for statement in _SCHEMA.strip().split(";\n"):
+                    db.execute(statement)
+        found = db.execute("SELECT value FROM meta WHERE key = 'schema'").fetchone()[0]
+        if found != SCHEMA_VERSION:
+            raise StoreError(
+                f"{path} has schema {found}, this version of nightjar reads {SCHEMA_VERSION}; "
+                "use the version that wrote it, or index into a new folder with --out"
+            )
+    except BaseException:
+        db.close()
+        raise
+    return db
+
+
+@contextmanager
+def transaction(db: sqlite3.Connection) -> Iterator[None]:
+    """All or nothing. On a full disk SQLite has rolled back already, hence the question before our own."""
+    db.execute("BEGIN IMMEDIATE")
+    try:
+        yield
+        db.execute("COMMIT")
+    except BaseException:
+        if db.in_transaction:
+            db.execute("ROLLBACK")
+        raise
+
+
+def select_in(db: sqlite3.Connection, sql: str, args: Sequence[Any], values: Sequence[Any]) -> Iterator[Any]:
+    """Rows of `sql`, whose last condition is `... IN (?*)`, over any number of values."""
+    for start in range(0, len(values), VARIABLES):
+        part = values[start : start + VARIABLES]
+        marks = ",".join("?" * len(part))
+        yield from db.execute(sql.replace("?*", marks), (*args, *part))
+
+
+def next_id(db: sqlite3.Connection, table: str) -> int:
+    """The id that the next row of an AUTOINCREMENT table gets; there is one writer, so nobody takes it before us."""
+    row = db.execute("SELECT seq FROM sqlite_sequence WHERE name = ?", (table,)).fetchone()
+    return 1 + (row[0] if row else 0)
+
+
+def bump_state(db: sqlite3.Connection) -> None:
+    """What a generation would show has changed: the next publish must write one."""
+    db.execute("UPDATE meta SET value = value + 1 WHERE key = 'state'")
+
+
+def read_state(db: sqlite3.Connection) -> int:
+    return int(db.execute("SELECT value FROM meta WHERE key = 'state'").fetchone()[0])
+
+
+def space_id(db: sqlite3.Connection, name: str, dim: int) -> int:
+    row = db.execute("SELECT id, dim FROM space WHERE name = ?", (name,)).fetchone()
+    if row is None:
+        with transaction(db):
+            return int(db.execute("INSERT INTO space(name, dim) VALUES (?, ?)", (name, dim)).lastrowid or 0)
+    if row[1] != dim:
+        raise StoreError(f"space {name} has {row[1]} components, the model has {dim}; rebuild its artifact")
+    return int(row[0])

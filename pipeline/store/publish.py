@@ -1,0 +1,161 @@
+"""Publishing: everything a reader needs becomes visible at once, by one rename of the link `current`.
+
+    generations/<n>/generation.json    data files with offsets, rows, digests, stretches of live rows; the spec
+    generations/<n>/index.h5           for any h5py user, one row per live key, ordered by data file and row:
+        /embeddings                    (rows, d) float16, virtual, NaN where a data file is missing
+        /key /id /content_hash /mark   /key is relative to the root of its source
+        /source /locator /size_bytes   where the picture is read: number in generation.json, percent-encoded place
+        /metadata/<name>               text ("" where missing), int64 when complete, else float64 with NaN
+
+A vector that several keys show is stored once in the data files; its further rows are copied into index.h5 (/repeated),
+at the end of the table, so that a virtual dataset of any collection has few parts. About 8 s per million keys.
+The virtual dataset names "shards/x.h5": valid beside INDEX/index.h5, and inside a generation through two links, so the
+first place HDF5 looks is always the right one and the folder can be moved.
+"""
+
+from __future__ import annotations
+
+import json
+import os
+import re
+import shutil
+import sqlite3
+from collections.abc import Mapping, Sequence
+from dataclasses import asdict
+from pathlib import Path
+from typing import Any
+
+from pipeline.store import table
+from pipeline.store.files import GENERATION_SCHEMA, digest_file, point_link, sync, temporary, write_text
+from pipeline.store.fold import FILES_MAX, DataFile, fold, plan, scan
+from pipeline.store.manifest import next_id, read_state, transaction
+from pipeline.store.shards import ShardInfo
+
+KEEP = 3  # generations, the current one included
+DATA_FOLDERS = ("shards", "segments")
+OUR_DATA = re.compile(r"\d{6,}(-\d{6,})?\.h5(\.tmp)?")
+OUR_GENERATION = re.compile(r"\d+(\.tmp)?")
+
+
+def publish(
+    db: sqlite3.Connection, out: Path, space: tuple[int, str, int], spec: Mapping[str, Any], extra: Mapping[str, Any]
+) -> int:
+    """Write and switch to the next generation; when nothing changed since the last one, that one's number."""
+    space_number, name, dim = space
+    state = read_state(db)
+    last = db.execute("SELECT number, space, state FROM generation ORDER BY number DESC LIMIT 1").fetchone()
+    if last and last[1:] == (space_number, state) and (folder(out, last[0]) / "generation.json").is_file():
+        switch(out, last[0])  # a crash may have come between writing it and switching to it
+        return int(last[0])
+
+    files, rows = scan(db, space_number, dim)
+    stale: list[str] = []
+    for group in plan(files):
+        segment = fold(db, out, space_number, name, group)
+        stale += [file.info.name for file in group]
+        files = [file for file in files if file not in group] + ([segment] if segment else [])
+    files = [file for file in files if file.live_rows]
+    assert len(files) < FILES_MAX, f"{len(files)} data files and index.h5, a generation may name {FILES_MAX}"
+    number = next_id(db, "generation")
+    head = {"schema": GENERATION_SCHEMA, "number": number, "space": name, "dim": dim, "rows": rows}
+    named = write_generation(db, out, space_number, head, files, {"spec": dict(spec), "extra": dict(extra)})
+    with transaction(db):
+        db.execute(
+            "INSERT INTO generation(number, space, state, files) VALUES (?, ?, ?, ?)",
+            (number, space_number, state, json.dumps(named)),
+        )
+    switch(out, number)
+    prune(db, out, stale)
+    return number
+
+
+def folder(out: Path, number: int) -> Path:
+    return out / "generations" / str(number)
+
+
+def write_generation(
+    db: sqlite3.Connection,
+    out: Path,
+    space: int,
+    head: dict[str, Any],
+    files: Sequence[DataFile],
+    tail: dict[str, Any],
+) -> list[str]:
+    """Write the folder under a temporary name, make it durable, name it. Returns the data files it needs."""
+    home = folder(out, head["number"])
+    draft = temporary(home)
+    for left_over in (draft, home):  # of a run that was killed before the manifest named it
+        if left_over.exists():
+            shutil.rmtree(left_over)
+    draft.mkdir()
+    for kind in DATA_FOLDERS:
+        (draft / kind).symlink_to(f"../../{kind}")
+    index = draft / "index.h5"
+    repeated, offset = table.write(index, db, out, space, head["dim"], files, head["rows"])
+    own = ShardInfo(
+        f"generations/{home.name}/index.h5", repeated, head["dim"], index.stat().st_size, digest_file(index), offset
+    )
+    sources = db.execute("SELECT id, kind, root, options FROM source ORDER BY id")
+    content = {
+        **head,
+        "sources": [
+            {"id": number, "kind": kind, "root": root, "options": json.loads(options)}
+            for number, kind, root, options in sources
+        ],
+        "index": asdict(own),
+        "files": [{**asdict(file.info), "runs": file.runs().tolist()} for file in files],
+        **tail,
+    }
+    write_text(draft / "generation.json", json.dumps(content, indent=1))
+    sync(index)
+    sync(draft)
+    draft.rename(home)
+    sync(home.parent)
+    return [file.info.name for file in files]
+
+
+def switch(out: Path, number: int) -> None:
+    target = f"generations/{number}"
+    current = out / "current"
+    if not (current.is_symlink() and os.readlink(current) == target):
+        point_link(current, target)
+    if not (out / "index.h5").is_symlink():
+        point_link(out / "index.h5", "current/index.h5")
+
+
+def prune(db: sqlite3.Connection, out: Path, stale: Sequence[str]) -> None:
+    """Forget generations beyond the last KEEP; delete their files and `stale` ones unless something kept names them."""
+    old = db.execute("SELECT number, files FROM generation ORDER BY number DESC LIMIT -1 OFFSET ?", (KEEP,)).fetchall()
+    with transaction(db):
+        db.executemany("DELETE FROM generation WHERE number = ?", ((number,) for number, _ in old))
+    kept = named_files(db)
+    for number, _ in old:
+        shutil.rmtree(folder(out, number))
+    for name in {*stale, *(name for _, files in old for name in json.loads(files))} - kept:
+        (out / name).unlink(missing_ok=True)
+
+
+def named_files(db: sqlite3.Connection) -> set[str]:
+    """Every data file that the manifest or a kept generation names."""
+    named = {row[0] for row in db.execute("SELECT name FROM shard")}
+    for (files,) in db.execute("SELECT files FROM generation"):
+        named.update(json.loads(files))
+    return named
+
+
+def sweep(db: sqlite3.Connection, out: Path) -> list[str]:
+    """Delete what a killed run left: data files and generations that the manifest does not name. Only names that this
+    store gives are touched."""
+    garbage: list[Path] = []
+    named = named_files(db)
+    for kind in DATA_FOLDERS:
+        for path in (out / kind).iterdir():
+            if OUR_DATA.fullmatch(path.name) and f"{kind}/{path.name}" not in named:
+                garbage.append(path)
+                path.unlink()
+    numbers = {str(row[0]) for row in db.execute("SELECT number FROM generation")}
+    for path in (out / "generations").iterdir():
+        if OUR_GENERATION.fullmatch(path.name) and path.name not in numbers:
+            garbage.append(path)
+            shutil.rmtree(path)
+    return [str(path.relative_to(out)) for path in garbage]

@@ -1,0 +1,147 @@
+"""Shards: immutable HDF5 files of vectors that can also be memory-mapped.
+
+    /embeddings    (n, d) float16, unit norm
+    /id            (n,) int64, ids of the manifest
+    /content_hash  (n, 16) uint8, BLAKE3-128 of the picture's bytes
+
+All three are contiguous, unfiltered and little-endian, so /embeddings is one byte range: `map_embeddings` maps it
+without HDF5. No compression on purpose: float16 unit vectors shrink by about 7 % and would cost the mapping.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from types import TracebackType
+from typing import Any, TypeAlias
+
+import h5py
+import numpy as np
+import numpy.typing as npt
+
+from pipeline.store.files import DIGEST_BYTES, StoreDamaged, commit_file, digest_file, temporary
+
+F16: TypeAlias = np.dtype[np.float16]
+Vectors: TypeAlias = npt.NDArray[np.float16]
+
+NORM_TOLERANCE = 0.01  # float16 rounding moves a norm by at most 0.001; more is a bug of the engine
+ALIGNMENT = 4096  # /embeddings starts on a page, so that a mapping needs no correction
+PIECE_ROWS = 8192  # rows copied at once: 8 MB at d = 512
+
+
+@dataclass(frozen=True, slots=True)
+class ShardInfo:
+    """What the manifest and a generation remember of a data file."""
+
+    name: str  # relative to the index folder
+    rows: int
+    dim: int
+    bytes: int
+    digest: str  # BLAKE3-128 of the whole file, hex
+    offset: int  # of /embeddings in the file
+
+
+class ShardWriter:
+    """Writes a shard in pieces. The file gets its name only when every row has come; an error leaves nothing."""
+
+    def __init__(self, path: Path, rows: int, dim: int, attrs: Mapping[str, Any]) -> None:
+        self._path, self._rows, self._dim, self._at = path, rows, dim, 0
+        self.info: ShardInfo | None = None
+        self._file = h5py.File(temporary(path), "w", alignment_threshold=ALIGNMENT, alignment_interval=ALIGNMENT)
+        self._file.attrs.update(attrs)
+        self._emb_nd = self._file.create_dataset("embeddings", (rows, dim), "<f2")
+        self._ids = self._file.create_dataset("id", (rows,), "<i8")
+        self._hashes = self._file.create_dataset("content_hash", (rows, DIGEST_BYTES), "u1")
+
+    def append(self, emb_nd: Vectors, ids: npt.NDArray[np.int64], hashes: npt.NDArray[np.uint8]) -> None:
+        check_vectors(emb_nd, self._dim)
+        if not len(emb_nd) == len(ids) == len(hashes):
+            raise ValueError(f"{len(emb_nd)} vectors, {len(ids)} ids, {len(hashes)} hashes; every row needs all three")
+        end = self._at + len(emb_nd)
+        if end > self._rows:
+            raise ValueError(f"{self._path.name} was opened for {self._rows} rows, got row {end}")
+        self._emb_nd[self._at : end] = emb_nd
+        self._ids[self._at : end] = ids
+        self._hashes[self._at : end] = hashes
+        self._at = end
+
+    def __enter__(self) -> ShardWriter:
+        return self
+
+    def __exit__(self, kind: type[BaseException] | None, error: BaseException | None, _: TracebackType | None) -> None:
+        try:
+            if kind is None:
+                self._finish()
+        finally:
+            # After a rename there is nothing to remove: then this is a no-op.
+            self._file.close()
+            temporary(self._path).unlink(missing_ok=True)
+
+    def _finish(self) -> None:
+        if self._at != self._rows:
+            raise ValueError(f"{self._path.name} was opened for {self._rows} rows, only {self._at} came")
+        offset = self._emb_nd.id.get_offset()
+        self._file.close()
+        path = temporary(self._path)
+        size, digest = path.stat().st_size, digest_file(path)
+        commit_file(self._path)
+        name = f"{self._path.parent.name}/{self._path.name}"
+        self.info = ShardInfo(name, self._rows, self._dim, size, digest, offset)
+
+
+def write_shard(
+    path: Path,
+    emb_nd: Vectors,
+    ids: npt.NDArray[np.int64],
+    content_hashes: Sequence[bytes],
+    attrs: Mapping[str, Any],
+) -> ShardInfo:
+    """Write one chunk's vectors, durably. A chunk without a vector has no file."""
+    if emb_nd.ndim != 2 or not len(emb_nd):
+        raise ValueError(f"emb_nd has shape {emb_nd.shape}, expected (n >= 1, d); an empty chunk writes no shard")
+    with ShardWriter(path, len(emb_nd), emb_nd.shape[1], attrs) as writer:
+        writer.append(emb_nd, ids, hash_rows(content_hashes))
+    assert writer.info is not None
+    return writer.info
+
+
+def hash_rows(content_hashes: Sequence[bytes]) -> npt.NDArray[np.uint8]:
+    wrong = next((h for h in content_hashes if len(h) != DIGEST_BYTES), None)
+    if wrong is not None:
+        raise ValueError(f"a content hash has {len(wrong)} bytes, expected {DIGEST_BYTES} (BLAKE3-128)")
+    return np.frombuffer(b"".join(content_hashes), np.uint8).reshape(-1, DIGEST_BYTES)
+
+
+def check_vectors(emb_nd: Vectors, dim: int) -> None:
+    """The public contract, checked once where vectors enter: float16, (n, dim), finite, unit norm."""
+    if emb_nd.dtype != np.float16 or emb_nd.ndim != 2 or emb_nd.shape[1] != dim:
+        raise ValueError(f"vectors are {emb_nd.dtype} {emb_nd.shape}, expected float16 (n, {dim})")
+    wide = emb_nd.astype(np.float32)
+    off = np.abs(np.sqrt(np.einsum("nd,nd->n", wide, wide)) - 1)
+    bad = np.flatnonzero(~(off <= NORM_TOLERANCE))  # the negation also catches NaN
+    if len(bad):
+        norm = float(np.linalg.norm(wide[bad[0]]))
+        raise ValueError(
+            f"row {bad[0]} has norm {norm:.4f} ({len(bad)} of {len(emb_nd)} rows are off), expected 1 within "
+            f"{NORM_TOLERANCE}; the engine must normalise its vectors"
+        )
+
+
+def check_file(path: Path, info: ShardInfo, digest: bool) -> None:
+    """A data file must be what it was when it was written: there, of the same size and, if asked, the same bytes."""
+    remedy = "Restore the file from a backup, or index the source again into a new folder"
+    try:
+        size = path.stat().st_size
+    except FileNotFoundError:
+        raise StoreDamaged(path, f"a file of {info.bytes} bytes", "no file", remedy) from None
+    if size != info.bytes:
+        raise StoreDamaged(path, f"{info.bytes} bytes", f"{size} bytes", remedy)
+    if digest and (found := digest_file(path)) != info.digest:
+        raise StoreDamaged(path, f"digest {info.digest}", f"digest {found}", remedy)
+
+
+def map_embeddings(path: Path, info: ShardInfo, digest: bool = False) -> np.memmap[Any, F16]:
+    """The vectors of a data file as a read-only mapping; it stays valid after the file is unlinked."""
+    check_file(path, info, digest)
+    return np.memmap(path, np.dtype("<f2"), "r", info.offset, (info.rows, info.dim))

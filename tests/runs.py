@@ -1,0 +1,56 @@
+"""Running the product as a user does: in processes of its own."""
+
+from __future__ import annotations
+
+import json
+import os
+import sqlite3
+import subprocess
+import sys
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import h5py
+import numpy as np
+
+
+@dataclass(frozen=True)
+class Ran:
+    code: int
+    stdout: str
+    stderr: str
+
+    @property
+    def report(self) -> dict[str, Any]:
+        """The last line of stdout."""
+        report: dict[str, Any] = json.loads(self.stdout.strip().splitlines()[-1])
+        return report
+
+
+def run_module(module: str, *args: object, env: dict[str, str] | None = None, cwd: Path | None = None) -> Ran:
+    done = subprocess.run(
+        [sys.executable, "-m", module, *map(str, args)], capture_output=True, text=True, timeout=300, cwd=cwd,
+        env={**os.environ, **(env or {})}, check=False,
+    )
+    return Ran(done.returncode, done.stdout, done.stderr)
+
+
+def index(root: Path, out: Path, *args: object, source: str = "folder", env: dict[str, str] | None = None) -> Ran:
+    return run_module("pipeline.index", "--source", source, "--root", root, "--out", out, *args, env=env)
+
+
+def quarantine(out: Path) -> dict[str, str]:
+    """key -> reason, from the manifest (tests may look; readers never do)."""
+    with sqlite3.connect(out / "manifest.sqlite") as manifest:
+        return dict(manifest.execute("SELECT key, reason FROM input WHERE status = 'quarantined'"))
+
+
+def vectors_by_key(out: Path) -> dict[str, tuple[bytes, bytes]]:
+    """key -> (content hash, vector bits): two runs are equal when these maps are."""
+    with h5py.File(out / "index.h5") as file:
+        emb_nd = file["embeddings"][:]
+        assert np.isfinite(emb_nd).all(), "a virtual dataset gives NaN where a data file cannot be read"
+        hashes = file["content_hash"][:]
+        keys = file["key"].asstr()[:]
+    return {key: (hashes[row].tobytes(), emb_nd[row].tobytes()) for row, key in enumerate(keys)}

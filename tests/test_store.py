@@ -1,0 +1,399 @@
+"""The promises of the store: what was written is what is read, nothing is lost, nothing is computed twice."""
+
+from __future__ import annotations
+
+import os
+import shutil
+from dataclasses import dataclass, replace
+from pathlib import Path
+from typing import Any
+
+import h5py
+import numpy as np
+import pytest
+from store_model import (
+    DIM,
+    PHOTOS,
+    SPACE,
+    assert_shows,
+    by_key,
+    embed,
+    item,
+    run,
+    shown,
+    shown_by_h5py,
+    some,
+    vector_of,
+)
+
+from pipeline.store import (
+    Generation,
+    NoIndex,
+    Outcome,
+    Scope,
+    Store,
+    StoreDamaged,
+    StoreError,
+    content_hash,
+    fold,
+    map_embeddings,
+    write_shard,
+)
+
+
+def test_a_shard_is_one_plain_byte_range(tmp_path: Path) -> None:
+    emb_nd = np.stack([vector_of(b"%d" % row) for row in range(300)])
+    hashes = [content_hash(b"%d" % row) for row in range(300)]
+    info = write_shard(tmp_path / "shards.h5", emb_nd, np.arange(7, 307), hashes, {"space": "s"})
+    mapped = map_embeddings(tmp_path / "shards.h5", info, digest=True)
+    assert np.array_equal(mapped, emb_nd)
+    with h5py.File(tmp_path / "shards.h5") as file:
+        for name, dtype in (("embeddings", "<f2"), ("id", "<i8"), ("content_hash", "u1")):
+            assert (file[name].dtype, file[name].chunks, file[name].compression) == (np.dtype(dtype), None, None)
+        assert np.array_equal(file["embeddings"], emb_nd)
+        assert file["id"][[0, -1]].tolist() == [7, 306]
+        assert file["content_hash"][5].tobytes() == hashes[5]
+        assert file.attrs["space"] == "s"
+    assert [path.name for path in tmp_path.iterdir()] == ["shards.h5"]
+
+
+@pytest.mark.parametrize("fault", ["nan", "norm", "dtype", "hashes"])
+def test_a_shard_refuses_what_breaks_the_contract_and_leaves_nothing(tmp_path: Path, fault: str) -> None:
+    emb_nd = np.stack([vector_of(b"%d" % row) for row in range(4)])
+    hashes = [bytes(16)] * (3 if fault == "hashes" else 4)
+    if fault == "nan":
+        emb_nd[2, 1] = np.nan
+    elif fault == "norm":
+        emb_nd[2] *= np.float16(1.1)
+    wrong: Any = emb_nd.astype(np.float32) if fault == "dtype" else emb_nd
+    with pytest.raises(ValueError, match=r"row 2 has norm|expected float16|3 hashes"):
+        write_shard(tmp_path / "x.h5", wrong, np.arange(4), hashes, {})
+    assert not list(tmp_path.iterdir())
+
+
+def test_any_h5py_user_reads_the_index(tmp_path: Path) -> None:
+    pictures = {**some(120), "new\nline": b"1", "emoji \U0001f426": b"2", "ä" * 127: b"3", "torn": b"torn"}
+    metadata = {key: {"taxon": f"bird {n}", "year": n, "lat": n / 3} for n, key in enumerate(pictures)}
+    del metadata["torn"]["year"], metadata["torn"]["taxon"]
+    out = tmp_path / "birds-index"
+    run(out, pictures, metadata=metadata, chunk=50)
+    assert_shows(out, pictures)
+    with h5py.File(out / "index.h5") as file:
+        assert {"embeddings", "key", "id", "content_hash", "mark", "metadata"} <= set(file)
+        np.testing.assert_allclose(np.linalg.norm(file["embeddings"][:].astype("f4"), axis=1), 1, atol=2e-3)
+        keys = list(file["key"].asstr())
+        for row, key in enumerate(keys):
+            assert file["content_hash"][row].tobytes() == content_hash(pictures[key])
+            assert file["mark"].asstr()[row] == ("damaged" if key == "torn" else "")
+            assert file["metadata/taxon"].asstr()[row] == metadata[key].get("taxon", "")
+            assert file["metadata/lat"][row] == metadata[key]["lat"]
+        assert np.flatnonzero(np.isnan(file["metadata/year"])).tolist() == [keys.index("torn")]
+    with Generation.open(out, check="digest") as generation:
+        rows = np.array([keys.index(key) for key in ("torn", "emoji \U0001f426", "torn")])
+        assert generation.keys(rows) == ["torn", "emoji \U0001f426", "torn"]
+        assert generation.metadata(rows)[:2] == [{"lat": metadata["torn"]["lat"]}, metadata["emoji \U0001f426"]]
+        assert generation.marks(rows) == ["damaged", "", "damaged"]
+        assert generation.pictures(rows)[0] == (PHOTOS, b"at:torn", 4)
+        assert (generation.space, generation.dim, generation.spec) == (SPACE, DIM, {"tower": "test"})
+
+
+def test_the_index_can_be_moved_and_is_found_from_anywhere(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    pictures = some(60)
+    run(tmp_path / "a" / "b" / "index", pictures)
+    # Shards of another index where a relative path could lead to by mistake.
+    run(tmp_path / "decoy", {key: content + b"!" for key, content in pictures.items()})
+    shutil.copytree(tmp_path / "decoy" / "shards", tmp_path / "a" / "shards")
+    shutil.copytree(tmp_path / "decoy" / "shards", tmp_path / "a" / "b" / "shards")
+    monkeypatch.chdir(tmp_path / "decoy" / "generations" / "1")
+    want = {key: vector_of(content) for key, content in pictures.items()}
+    moved = tmp_path / "a" / "b" / "moved"
+    for out in (tmp_path / "a" / "b" / "index", moved):
+        if out == moved:
+            (tmp_path / "a" / "b" / "index").rename(moved)
+        for path in (out / "index.h5", out / "current" / "index.h5", out / "generations" / "1" / "index.h5"):
+            got = shown_by_h5py(path)
+            assert all(np.array_equal(got[key], want[key]) for key in want)
+        assert_shows(out, pictures)
+
+
+def test_metadata_of_any_kind_is_stored(tmp_path: Path) -> None:
+    odd: dict[str, Any] = {
+        "a/b": 1, "": "empty", ".": 2, "nul\0": "x\0y", "lone": "\ud800", "big": 2**70, "nan": float("nan"),
+        "mixed": 3, "flag": True, "%2F": "ä", "line": "a\nb",
+    }  # fmt: skip
+    run(tmp_path, some(2), metadata={"dir/00000.jpg": odd, "dir/00001.jpg": {"mixed": "text", "a/b": -(2**63)}})
+    with Generation.open(tmp_path) as generation:
+        got = dict(zip(generation.keys(np.arange(2)), generation.metadata(np.arange(2)), strict=True))
+    assert got["dir/00001.jpg"] == {"mixed": "text", "a/b": -(2**63)}
+    assert got["dir/00000.jpg"] == {
+        "a/b": 1, "": "empty", ".": 2, "nul\ufffd": "x\ufffdy", "lone": "\ufffd", "big": str(2**70),
+        "mixed": "3", "flag": 1, "%2F": "ä", "line": "a\nb",
+    }  # fmt: skip
+
+
+def test_observe_tells_new_changed_relabelled_and_unchanged(tmp_path: Path) -> None:
+    pictures = {**some(10), "bad": b"bad bytes"}
+    run(tmp_path, pictures)
+    with Store.open(tmp_path, SPACE, DIM) as store:
+        store.begin_run(PHOTOS)
+        listed = [item(key, content) for key, content in pictures.items()]
+        assert store.observe(listed) == (0, 0, 0, 11, 0)
+        assert store.observe(listed[:2]).repeated == 2
+        assert (store.finish_listing(), store.pending(99)) == (0, [])
+
+        store.begin_run(PHOTOS)
+        listed[0] = replace(listed[0], size_bytes=1)
+        listed[1] = replace(listed[1], mtime_ns=1)
+        listed[2] = replace(listed[2], etag="e")
+        listed[3] = replace(listed[3], metadata={"licence": "cc0"})
+        listed[4] = replace(listed[4], locator=b"moved")
+        del listed[5]
+        assert store.observe([*listed, item("new", b"n"), item("new", b"other")]) == (1, 3, 2, 5, 1)
+        assert store.listing_preview() == (1, 12)
+        assert store.finish_listing() == 1
+        assert [entry.key for entry in store.pending(99)] == ["dir/00000.jpg", "dir/00001.jpg", "dir/00002.jpg", "new"]
+        assert [entry.key for entry in store.pending(2, after_id=2)] == ["dir/00002.jpg", "new"]
+        counts = store.counts()
+        assert (counts.embedded, counts.pending, counts.quarantined, counts.deleted) == (6, 4, 1, 1)
+        assert counts.reasons["corrupt"].examples == [("bad", "no such marker")]
+
+
+def test_a_relabelled_picture_needs_no_vector(tmp_path: Path) -> None:
+    run(tmp_path, some(20))
+    assert run(tmp_path, some(20), metadata={"dir/00003.jpg": {"licence": "cc0"}}) == 2
+    assert_shows(tmp_path, some(20))
+    with Generation.open(tmp_path) as generation:
+        labels = dict(zip(generation.keys(np.arange(20)), generation.metadata(np.arange(20)), strict=True))
+    assert labels["dir/00003.jpg"] == {"licence": "cc0"}
+    assert len(list((tmp_path / "shards").iterdir())) == 1
+
+
+def test_renamed_and_repeated_pictures_are_not_computed_again(tmp_path: Path) -> None:
+    pictures = {**some(30), "twin": b"picture 3", "third": b"picture 3", "torn": b"torn"}
+    run(tmp_path, pictures)
+    assert_shows(tmp_path, pictures)
+    renamed = {f"elsewhere/{key}": content for key, content in pictures.items()}
+    with Store.open(tmp_path, SPACE, DIM) as store:
+        store.begin_run(PHOTOS)
+        store.observe([item(key, content) for key, content in renamed.items()])
+        assert store.finish_listing() == len(pictures)
+        assert [done[:2] for done in embed(store, renamed)] == [(0, len(pictures))]
+        store.publish({}, {})
+    assert_shows(tmp_path, renamed)
+    with Generation.open(tmp_path) as generation:  # the mark belongs to the content
+        rows = np.arange(generation.rows)
+        marked = [key for key, mark in zip(generation.keys(rows), generation.marks(rows), strict=True) if mark]
+    assert marked == ["elsewhere/torn"]
+
+
+def test_deletion_counts_only_inside_its_own_scope(tmp_path: Path) -> None:
+    other, split = Scope("folder", "/other"), Scope("folder", "/photos", {"split": "val"})
+    run(tmp_path, some(10))
+    run(tmp_path, some(10, start=100), scope=other)
+    run(tmp_path, some(10, start=200), scope=split)
+    assert_shows(tmp_path, {**some(10), **some(10, start=100), **some(10, start=200)})
+    run(tmp_path, {}, scope=other)
+    assert_shows(tmp_path, {**some(10), **some(10, start=200)})
+    run(tmp_path, some(10, start=100), scope=other)  # and back again
+    assert_shows(tmp_path, {**some(10), **some(10, start=100), **some(10, start=200)})
+
+
+@dataclass(frozen=True)
+class Tar:
+    uri: str
+    size_bytes: int
+    etag: str
+    key_prefix: str
+
+
+def test_an_unchanged_container_is_seen_without_its_items(tmp_path: Path) -> None:
+    inside = {"a.tar/1": b"1", "a.tar/2": b"2"}
+    rest = {"a.tar0": b"3", "b.tar/1": b"4"}
+    tars = [Tar(f"/x/{name}", 9, "e1", f"{name}/") for name in ("a.tar", "b.tar")]
+    pictures = {**inside, **rest}
+
+    def night(tars: list[Tar], items: dict[str, bytes], finish: bool = True) -> None:
+        with Store.open(tmp_path, SPACE, DIM) as store:
+            store.begin_run(PHOTOS)
+            assert not store.container_unchanged("/x/never.tar", 9, "e1")
+            store.observe([item(key, content) for key, content in items.items()])
+            for tar in tars:
+                store.container_seen(tar)
+            if finish:
+                store.finish_listing()
+                embed(store, pictures)
+                store.publish({}, {})
+
+    night(tars, pictures)
+    with Store.open(tmp_path, SPACE, DIM) as store:
+        store.begin_run(PHOTOS)
+        assert store.container_unchanged("/x/a.tar", 9, "e1")
+        assert not store.container_unchanged("/x/a.tar", 9, "e2")
+    night(tars, {"a.tar0": b"3"})
+    assert_shows(tmp_path, pictures)
+    # The new a.tar lost a picture, and the run that saw it first is cut off before its listing ends.
+    newer = [replace(tars[0], etag="e2"), tars[1]]
+    night(newer, {"a.tar/1": b"1", "a.tar0": b"3"}, finish=False)
+    with Store.open(tmp_path, SPACE, DIM) as store:
+        store.begin_run(PHOTOS)
+        assert not store.container_unchanged("/x/a.tar", 9, "e2")
+    night(newer, {"a.tar/1": b"1", "a.tar0": b"3"})
+    assert_shows(tmp_path, {"a.tar/1": b"1", **rest})
+    # A container that went and came back is listed again: its pictures are gone from the manifest's point of view.
+    night(newer[:1], {"a.tar0": b"3"})
+    assert_shows(tmp_path, {"a.tar/1": b"1", "a.tar0": b"3"})
+    with Store.open(tmp_path, SPACE, DIM) as store:
+        store.begin_run(PHOTOS)
+        assert not store.container_unchanged("/x/b.tar", 9, "e1")
+        store.keep("")  # nothing could be listed: nothing is deleted
+        assert store.finish_listing() == 0
+
+
+def test_quarantine_is_remembered_and_heals(tmp_path: Path) -> None:
+    pictures = {**some(3), "bad": b"bad bytes"}
+    run(tmp_path, pictures)
+    with Store.open(tmp_path, SPACE, DIM) as store:
+        store.begin_run(PHOTOS)
+        store.observe([item(key, content) for key, content in {**pictures, "dir/00001.jpg": b"changed"}.items()])
+        store.finish_listing()
+        (entry,) = store.pending(9)  # the bad one is known, and not read again
+        unread = Outcome(entry.id, "quarantined", None, "read_error", words="Input/output error")
+        assert store.commit_chunk(None, [unread])[2:4] == (1, 1)
+        assert store.publish({}, {}) == 1, "what readers see has not changed"
+        assert_shows(tmp_path, pictures)  # the last readable version is still there
+        store.begin_run(PHOTOS)
+        assert [again.key for again in store.pending(9)] == [entry.key], "a read error is tried in every run"
+        assert store.commit_chunk(None, [unread])[2:4] == (1, 0), "but it is new only once"
+    healed = {**pictures, "bad": b"good bytes", "dir/00001.jpg": b"changed"}
+    run(tmp_path, healed)
+    assert_shows(tmp_path, healed)
+    run(tmp_path, {**healed, "dir/00002.jpg": b"bad now"})
+    assert_shows(tmp_path, {**healed, "dir/00002.jpg": b"bad now"})
+
+
+def test_a_chunk_must_match_its_shard(tmp_path: Path) -> None:
+    with Store.open(tmp_path, SPACE, DIM) as store:
+        store.begin_run(PHOTOS)
+        store.observe([item("a", b"a"), item("b", b"b"), item("c", b"c")])
+        first, second, third = store.pending(9)
+        hashes = [content_hash(b"a"), content_hash(b"b")]
+        vectors = np.stack([vector_of(b"a"), vector_of(b"b")])
+        shard = write_shard(store.shard_path(), vectors, np.array([first.id, second.id]), hashes, {})
+        done = [Outcome(first.id, "embedded", hashes[0]), Outcome(second.id, "embedded", hashes[1])]
+        with pytest.raises(StoreDamaged, match="in row 0"):
+            store.commit_chunk(shard, done[::-1])
+        with pytest.raises(ValueError, match="2 rows, the chunk 1"):
+            store.commit_chunk(shard, done[:1])
+        assert len(store.pending(9)) == 3
+        waiting = Outcome(third.id, "copied", content_hash(b"somewhere else"))
+        assert store.commit_chunk(shard, [*done, waiting]) == (2, 0, 0, 0, 1)
+        assert [entry.key for entry in store.pending(9)] == ["c"]
+        assert store.has_vectors([*hashes, content_hash(b"c")]) == [True, True, False]
+        # Deleted while it was being computed: its vector is kept, the input stays deleted.
+        store.begin_run(PHOTOS)
+        assert store.finish_listing() == 3
+        late = write_shard(store.shard_path(), vectors[:1], np.array([third.id]), [content_hash(b"c")], {})
+        assert store.commit_chunk(late, [Outcome(third.id, "embedded", content_hash(b"c"))]).embedded == 0
+        assert store.counts().deleted == 3
+
+
+def test_two_spaces_share_an_index(tmp_path: Path) -> None:
+    pictures = {**some(40), "bad": b"bad"}
+    run(tmp_path, pictures)
+    with Store.open(tmp_path, "space-b", DIM) as store:
+        store.begin_run(PHOTOS)
+        assert store.observe([item(key, content) for key, content in pictures.items()]).unchanged == 41
+        store.finish_listing()
+        assert store.counts()[:3] == (0, 40, 1)
+        embed(store, pictures, "space-b", chunk=30)
+        assert_shows(tmp_path, pictures)  # still the first
+    more = {**pictures, **some(5, start=100)}
+    assert run(tmp_path, more) == 2
+    assert_shows(tmp_path, more)
+    assert run(tmp_path, more, space="space-b") == 3
+    assert_shows(tmp_path, more, "space-b")
+    with pytest.raises(StoreError, match="8 components"):
+        Store.open(tmp_path, SPACE, 16)
+
+
+def test_publishing_is_idempotent_and_keeps_three(tmp_path: Path) -> None:
+    assert (run(tmp_path, some(10)), run(tmp_path, some(10))) == (1, 1)
+    assert [run(tmp_path, some(count)) for count in (11, 12, 13)] == [2, 3, 4]
+    assert sorted(path.name for path in (tmp_path / "generations").iterdir()) == ["2", "3", "4"]
+    assert os.readlink(tmp_path / "current") == "generations/4"
+    assert os.readlink(tmp_path / "index.h5") == "current/index.h5"
+    assert run(tmp_path, {}) == 5
+    assert_shows(tmp_path, {})
+    with Store.open(tmp_path, SPACE, DIM) as store:
+        assert store.write_run_report(7, {"a": 1}).read_text() == '{\n "a": 1\n}'
+
+
+def test_folding_drops_dead_rows_and_bounds_the_files(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(fold, "SEGMENT_ROWS", 100)
+    pictures = {**some(400), "twin": b"picture 7", "last": b"picture 399"}
+    run(tmp_path, pictures, chunk=5)
+    assert_shows(tmp_path, pictures)
+    assert not list((tmp_path / "shards").iterdir())
+    assert len(list((tmp_path / "segments").iterdir())) == 4
+    thinned = {key: content for n, (key, content) in enumerate(pictures.items()) if n >= 110 or n % 3 == 0}
+    run(tmp_path, thinned)
+    assert_shows(tmp_path, thinned)
+    with Generation.open(tmp_path) as generation:
+        sizes = [(len(block.emb_nd), block.live) for block in generation.blocks()]
+    assert sum(size for size, _ in sizes) < 400
+    assert all(live >= 0.75 * size for size, live in sizes)
+
+
+def test_scattered_deletions_are_bounded(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    pictures = some(2000)
+    run(tmp_path, pictures, chunk=1000)
+    holes = {key: content for n, (key, content) in enumerate(pictures.items()) if n % 5 or n >= 1000}
+    run(tmp_path, holes)  # 200 stretches of live rows in the first file: more than one mapping
+    assert_shows(tmp_path, holes)
+    monkeypatch.setattr(fold, "RUNS_MAX", 100)
+    holes.popitem()
+    run(tmp_path, holes)
+    assert_shows(tmp_path, holes)
+    with Generation.open(tmp_path) as generation:
+        assert sum(len(block.runs) for block in generation.blocks()) == 2
+
+
+def test_a_reader_keeps_its_generation_through_folding_and_pruning(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    pictures = some(100)
+    run(tmp_path, pictures, chunk=20)
+    with Generation.open(tmp_path) as generation:
+        monkeypatch.setattr(fold, "SMALL_MAX", 0)
+        for count in (60, 50, 40, 30):
+            run(tmp_path, some(count), chunk=20)
+        assert not (tmp_path / "generations" / "1").exists()
+        assert not list((tmp_path / "shards").iterdir())
+        assert len(list((tmp_path / "segments").iterdir())) <= 4
+        old = by_key(generation)
+    assert old.keys() == pictures.keys()
+    assert all(np.array_equal(old[key], vector_of(content)) for key, content in pictures.items())
+    assert shown(tmp_path).keys() == some(30).keys()
+
+
+def test_any_history_ends_in_the_right_index(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(fold, "SEGMENT_ROWS", 40)
+    monkeypatch.setattr(fold, "SMALL_MAX", 3)
+    rng = np.random.default_rng(0)
+    pictures: dict[str, bytes] = {}
+    for _ in range(25):
+        for _ in range(int(rng.integers(1, 40))):
+            what, key = rng.integers(5), f"key {rng.integers(120)}"
+            if what == 0:
+                pictures.pop(key, None)
+            elif what == 1 and pictures:
+                pictures[key] = pictures.pop(list(pictures)[int(rng.integers(len(pictures)))])
+            else:
+                pictures[key] = b"%s %d" % (b"bad" if rng.random() < 0.1 else b"good", rng.integers(150))
+        run(tmp_path, pictures, chunk=int(rng.integers(1, 20)))
+        assert_shows(tmp_path, pictures)
+
+
+def test_no_index_says_what_to_do(tmp_path: Path) -> None:
+    with pytest.raises(NoIndex, match=r"python -m pipeline.index --out"):
+        Generation.open(tmp_path)

@@ -1,0 +1,278 @@
+"""The store under violence: killed at every step, out of disk, out of descriptors, files lost or altered, two writers.
+
+What has to fork, or to change the limits of its process, runs in an interpreter of its own: `in_fresh_process`.
+"""
+
+from __future__ import annotations
+
+import errno
+import json
+import os
+import random
+import resource
+import shutil
+import signal
+import sqlite3
+import subprocess
+import sys
+import time
+from collections.abc import Callable
+from pathlib import Path
+
+import h5py
+import numpy as np
+import pytest
+from store_model import DIM, PHOTOS, SPACE, assert_shows, embed, item, run, shown_by_h5py, some, vector_of
+
+from pipeline.store import Generation, Locked, Store, StoreDamaged, StoreError, content_hash, files, fold
+
+REPO = Path(__file__).resolve().parents[1]
+
+
+def in_fresh_process(function: Callable[[Path], None], path: Path) -> None:
+    code = f"import sys, pathlib, {__name__} as tests; tests.{function.__name__}(pathlib.Path(sys.argv[1]))"
+    env = {**os.environ, "PYTHONPATH": f"{REPO}{os.pathsep}{REPO / 'tests'}"}
+    done = subprocess.run(
+        [sys.executable, "-W", "error", "-c", code, str(path)], env=env, capture_output=True, text=True
+    )
+    assert done.returncode == 0, done.stdout + done.stderr
+
+
+def in_fork(work: Callable[[], None], seconds: float | None = None) -> int:
+    """Run `work` in a fork, SIGKILL it after `seconds`. Returns its exit status, -9 when it was killed."""
+    child = os.fork()
+    if child == 0:
+        try:
+            work()
+        finally:
+            os._exit(int(sys.exc_info()[0] is not None))
+    if seconds is not None:
+        time.sleep(seconds)
+        os.kill(child, signal.SIGKILL)
+    return os.waitstatus_to_exitcode(os.waitpid(child, 0)[1])
+
+
+def assert_whole(out: Path, contents: set[bytes]) -> None:
+    """Opens; SQLite finds no fault; every vector is where the manifest says; nothing lies about."""
+    with Store.open(out, SPACE, DIM):
+        pass
+    vector_by_hash = {content_hash(content): vector_of(content) for content in contents}
+    db = sqlite3.connect(out / "manifest.sqlite")
+    assert db.execute("PRAGMA integrity_check").fetchall() == [("ok",)]
+    orphans = "SELECT count(*) FROM vector WHERE shard NOT IN (SELECT id FROM shard)"
+    assert db.execute(orphans).fetchone() == (0,)
+    lost = "SELECT key FROM input WHERE status = 'embedded' AND content_hash NOT IN (SELECT content_hash FROM vector)"
+    assert db.execute(lost).fetchall() == []
+    named = set()
+    for number, name, rows, size, digest in db.execute("SELECT id, name, rows, bytes, digest FROM shard").fetchall():
+        named.add(name)
+        assert ((out / name).stat().st_size, files.digest_file(out / name)) == (size, digest)
+        with h5py.File(out / name) as file:
+            emb_nd, hashes = file["embeddings"][:], file["content_hash"][:]
+        assert len(emb_nd) == rows
+        for content, row in db.execute("SELECT content_hash, row FROM vector WHERE shard = ?", (number,)):
+            assert hashes[row].tobytes() == content
+            assert np.array_equal(emb_nd[row], vector_by_hash[content])
+    for number, listed in db.execute("SELECT number, files FROM generation").fetchall():
+        assert (out / "generations" / str(number) / "index.h5").is_file()
+        named |= set(json.loads(listed))
+    db.close()
+    assert {f"{kind}/{path.name}" for kind in ("shards", "segments") for path in (out / kind).iterdir()} == named
+
+
+BEFORE = {**some(24), "twin": b"picture 3", "bad": b"bad"}
+AFTER = {**some(20, start=8), "renamed": b"picture 1", "third": b"picture 9", "bad": b"healed"}
+
+
+def kill_at_every_step(folder: Path) -> None:
+    """Every change to a folder raises an audit event; the k-th run dies at the k-th one."""
+    fold.SMALL_MAX, fold.SEGMENT_ROWS = 3, 10
+    base = folder / "base"
+    for count in (6, 12, 24):
+        run(base, dict(list(BEFORE.items())[:count]), chunk=5)
+    run(base, BEFORE, chunk=5)
+
+    def die_at(step: int, out: Path) -> Callable[[], None]:
+        def work() -> None:
+            left = step
+
+            def hook(event: str, _: tuple[object, ...]) -> None:
+                nonlocal left
+                if event in ("open", "os.mkdir", "os.rename", "os.remove", "os.rmdir", "os.symlink"):
+                    left -= 1
+                    if left == 0:
+                        os.kill(os.getpid(), signal.SIGKILL)
+
+            sys.addaudithook(hook)
+            run(out, AFTER, chunk=5)
+
+        return work
+
+    for step in range(1, 1000):
+        out = folder / f"step{step}"
+        shutil.copytree(base, out, symlinks=True)
+        status = in_fork(die_at(step, out))
+        contents = {*BEFORE.values(), *AFTER.values()}
+        with Generation.open(out, check="digest") as generation:
+            assert generation.rows in (len(BEFORE) - 1, len(AFTER)), "readers see the old night or the new one"
+        assert_whole(out, contents)
+        run(out, AFTER, chunk=5)
+        assert_shows(out, AFTER)
+        assert_whole(out, contents)
+        shutil.rmtree(out)
+        if status == 0:
+            assert step > 30, f"only {step} steps were seen: the hook does not see the store's work"
+            return
+        assert status == -signal.SIGKILL
+    raise AssertionError("the run never came to its end")
+
+
+def test_killed_at_every_step_it_opens_and_resumes(tmp_path: Path) -> None:
+    in_fresh_process(kill_at_every_step, tmp_path)
+
+
+def kill_at_random(out: Path) -> None:
+    fold.SMALL_MAX, fold.SEGMENT_ROWS = 3, 60
+    chance = random.Random(0)
+    nights = [some(chance.randrange(20, 90), start=chance.randrange(90)) for _ in range(12)]
+    contents = {content for night in nights for content in night.values()}
+
+    def work() -> None:
+        while True:
+            run(out, chance.choice(nights), chunk=7)
+
+    for _ in range(12):
+        assert in_fork(work, seconds=chance.uniform(0.02, 0.5)) == -signal.SIGKILL
+        chance.random()  # the next child makes another choice
+        assert_whole(out, contents)
+    run(out, nights[0])
+    assert_shows(out, nights[0])
+
+
+def test_killed_at_random_it_opens_and_resumes(tmp_path: Path) -> None:
+    in_fresh_process(kill_at_random, tmp_path)
+
+
+def few_descriptors(out: Path) -> None:
+    resource.setrlimit(resource.RLIMIT_NOFILE, (256, 256))
+    pictures = some(320)
+    run(out, pictures, chunk=1)  # 320 shards, folded when published
+    assert_shows(out, pictures)
+    fold.SMALL_MAX = 200
+    more = {**pictures, **some(180, start=1000)}
+    run(out, more, chunk=1)  # 181 data files, all open at once in either reader
+    with Generation.open(out) as generation:
+        assert len(list(generation.blocks())) == 181
+    assert_shows(out, more)
+
+
+def test_few_descriptors_are_enough(tmp_path: Path) -> None:
+    in_fresh_process(few_descriptors, tmp_path)
+
+
+def full_disk(out: Path) -> None:
+    """A limit on file size fails the same write calls as a full disk does, inside HDF5 and inside SQLite."""
+    pictures = some(20)
+    run(out, pictures)
+    more = {**pictures, **some(9000, start=100)}
+    with Store.open(out, SPACE, DIM) as store:
+        store.begin_run(PHOTOS)
+        store.observe([item(key, content) for key, content in more.items()])
+        store.finish_listing()
+        for limit in (4096, 60_000, 200_000):
+            resource.setrlimit(resource.RLIMIT_FSIZE, (limit, resource.RLIM_INFINITY))
+            with pytest.raises((OSError, sqlite3.Error)):
+                embed(store, more, chunk=9000)
+            resource.setrlimit(resource.RLIMIT_FSIZE, (resource.RLIM_INFINITY, resource.RLIM_INFINITY))
+            assert not list((out / "shards").glob("*.tmp"))
+            assert store.counts().pending == 9000
+    assert_whole(out, set(more.values()))
+    assert_shows(out, pictures)
+    run(out, more, chunk=9000)
+    assert_shows(out, more)
+
+
+def test_a_full_disk_leaves_no_half_state(tmp_path: Path) -> None:
+    in_fresh_process(full_disk, tmp_path)
+
+
+def test_no_space_at_the_last_moment(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    def full(_: int) -> None:
+        raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
+
+    pictures = some(10)
+    with monkeypatch.context() as patched:
+        patched.setattr(files.os, "fsync", full)
+        with pytest.raises(OSError, match="No space left"):
+            run(tmp_path, pictures)
+    assert not list((tmp_path / "shards").iterdir())
+    run(tmp_path, pictures)
+    assert_shows(tmp_path, pictures)
+
+
+def test_a_second_writer_is_told(tmp_path: Path) -> None:
+    with Store.open(tmp_path, SPACE, DIM):
+        with pytest.raises(Locked, match="another run writes to"):
+            Store.open(tmp_path, SPACE, DIM)
+        code = (
+            f"from pathlib import Path; from pipeline.store import Store; Store.open(Path({str(tmp_path)!r}), 's', 8)"
+        )
+        other = subprocess.run([sys.executable, "-c", code], cwd=REPO, capture_output=True, text=True)
+        assert "Locked: another run writes to" in other.stderr
+    run(tmp_path, some(3))
+
+
+@pytest.mark.parametrize("name", ["shards/000001-000002.h5", "generations/1/index.h5"])
+@pytest.mark.parametrize("harm", ["removed", "shortened", "flipped"])
+def test_a_damaged_file_is_named_and_never_read_as_zeros(tmp_path: Path, name: str, harm: str) -> None:
+    run(tmp_path, some(60), chunk=20)
+    path = tmp_path / name
+    if harm == "removed":
+        path.unlink()
+    else:
+        content = bytearray(path.read_bytes())
+        content[-5] ^= 1
+        path.write_bytes(content if harm == "flipped" else content[:-1])
+    with pytest.raises(StoreDamaged, match=name) as told:
+        Generation.open(tmp_path, check="digest" if harm == "flipped" else "size")
+    assert told.value.path == path
+    if harm == "removed" and name.startswith("shards"):  # what plain h5py gives is not a number, never zeros
+        values = np.stack(list(shown_by_h5py(tmp_path / "index.h5").values()))
+        assert np.isnan(values).all(axis=1).sum() == 20
+        assert not np.isnan(values).any(axis=1)[[*range(20), *range(40, 60)]].any()
+
+
+def test_a_damaged_shard_stops_folding_and_keeps_what_was(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    run(tmp_path, some(60), chunk=20)
+    (tmp_path / "shards" / "000001-000002.h5").unlink()
+    monkeypatch.setattr(fold, "SMALL_MAX", 0)
+    with pytest.raises(StoreDamaged, match="000001-000002"):
+        run(tmp_path, some(61))
+    assert os.readlink(tmp_path / "current") == "generations/1"
+    assert not list((tmp_path / "segments").iterdir())
+
+
+def test_only_our_own_garbage_is_swept(tmp_path: Path) -> None:
+    run(tmp_path, some(5))
+    ours = [tmp_path / "shards" / "000009-000001.h5", tmp_path / "segments" / "00000044.h5.tmp"]
+    theirs = [tmp_path / "shards" / "notes.txt", tmp_path / "my.h5", tmp_path / "shards" / "keep.h5"]
+    for path in [*ours, *theirs]:
+        path.write_bytes(b"x")
+    (tmp_path / "generations" / "9.tmp").mkdir()
+    run(tmp_path, some(5))
+    assert [path.exists() for path in [*ours, *theirs]] == [False, False, True, True, True]
+    assert sorted(path.name for path in (tmp_path / "generations").iterdir()) == ["1"]
+
+
+def test_what_cannot_be_understood_is_refused(tmp_path: Path) -> None:
+    run(tmp_path, some(5))
+    db = sqlite3.connect(tmp_path / "manifest.sqlite")
+    db.execute("UPDATE meta SET value = 99 WHERE key = 'schema'")
+    db.commit()
+    db.close()
+    with pytest.raises(StoreError, match="schema 99, this version of nightjar reads 1"):
+        Store.open(tmp_path, SPACE, DIM)
+    (tmp_path / "manifest.sqlite").unlink()
+    with pytest.raises(StoreDamaged, match=r"manifest.sqlite: expected the manifest of shards/000001-000001.h5"):
+        Store.open(tmp_path, SPACE, DIM)
+    assert list((tmp_path / "shards").iterdir()), "without a manifest nothing is swept"
