@@ -3,6 +3,8 @@ PYTHON ?= python3
 VENV   ?= .venv
 RUN    := $(VENV)/bin/python
 OUT    ?= demo-out
+# A GPU host brings its own environment; `setup` would put the CPU one there.
+GPU_PYTHON ?= python3
 
 .DEFAULT_GOAL := help
 .PHONY: help setup demo engines test lint bench gpu-bundle gpu-check lock clean
@@ -38,8 +40,8 @@ bench: setup  ## the figures of docs/benchmarks on this host
 gpu-bundle: setup  ## offline bundle of wheels for an air-gapped Python 3.12 / CUDA 13 host, into bundle/
 	$(RUN) docker/gpu_bundle.py bundle
 
-gpu-check: setup  ## ask the GPU of this host the questions the GPU stages depend on
-	$(RUN) -m pipeline.check_gpu
+gpu-check:  ## ask the GPU of this host the questions the GPU stages depend on [GPU_PYTHON=python3]
+	$(GPU_PYTHON) -m pipeline.check_gpu
 
 lock: setup  ## renew constraints.txt from what .venv holds
 	$(VENV)/bin/pip freeze --exclude-editable | sed 's/+cpu$$//' > constraints.txt

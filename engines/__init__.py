@@ -69,16 +69,16 @@ def open_engine(
 ) -> Engine:
     """The fastest engine of `artifact` that this host may run and that fits what was named.
 
-    `threads` defaults to the physical cores this process may use, `batch` to the one the engine was measured with.
+    `threads` defaults to the physical cores this process may use, `batch` to what suits the engine and the threads.
 
     Raises:
         EngineUnavailable: no such engine, with the reason for each that came close and the command that builds one.
     """
-    path, card, reason = choose(artifact, tower, runtime, precision, batch)
+    path, card, reason = choose(artifact, tower, runtime, precision)
     log.info("%s engine: %s", tower, reason)
     if not card.passed:
         log.warning("%s missed its accuracy bar when it was built: %s", path.parent.name, card.parity)
-    return load_engine(path, card, threads or physical_cores(), batch or card.batch)
+    return load_engine(path, card, threads or physical_cores(), batch)
 
 
 def choose(
@@ -86,7 +86,6 @@ def choose(
     tower: Tower,
     runtime: str = "auto",
     precision: Precision | Literal["auto"] = "auto",
-    batch: int | None = None,
 ) -> Choice:
     """Which engine `open_engine` opens, and why."""
     if runtime not in {"auto", *RUNTIMES}:
@@ -99,7 +98,7 @@ def choose(
     refused: list[str] = []
     fit: list[tuple[Path, EngineCard]] = []
     for path, card in asked:
-        why = refusal(artifact, path, card, batch) or (
+        why = refusal(artifact, path, card) or (
             f"missed its accuracy bar ({card.parity}); name the runtime to use it all the same"
             if runtime == "auto" and not card.passed
             else ""
@@ -120,20 +119,18 @@ def choose(
     return Choice(path, card, "; ".join([reason, *(f"passed over {why}" for why in refused)]))
 
 
-def load_engine(path: Path, card: EngineCard, threads: int, batch: int) -> Engine:
+def load_engine(path: Path, card: EngineCard, threads: int, batch: int | None = None) -> Engine:
     """The engine of one card, unchecked."""
     module, _, name = RUNTIMES[card.runtime].partition(":")
     return cast(Engine, getattr(import_module(module), name)(path, card, threads, batch))
 
 
-def refusal(artifact: Artifact, path: Path, card: EngineCard, batch: int | None = None) -> str:
+def refusal(artifact: Artifact, path: Path, card: EngineCard) -> str:
     """Why this host must not run the engine of `card`; empty where it may."""
     if card.host != host_id():
         return f"built for {card.host}, this host is {host_id()}"
     if card.weights_digest != artifact.spec.weights_digest:
         return f"built from weights {card.weights_digest[:8]}, the artifact has {artifact.spec.weights_digest[:8]}"
-    if card.fixed_batch and batch not in (None, card.batch):
-        return f"compiled for batches of {card.batch}, asked for {batch}"
     for package, built_with in card.versions.items():
         if (installed := _version(package)) != built_with:
             return f"built with {package} {built_with}, installed is {installed}"

@@ -1,4 +1,4 @@
-"""`make engines`: export the model, compile every engine this host can run, prove each right, measure it, keep its card.
+"""`make engines`: export the model, compile every engine this host can run, prove each right, measure it, keep it.
 
     python -m engines.build --model openai/clip-vit-base-patch32
     python -m engines.build --model ./my-clip --runtime ort-cpu
@@ -125,7 +125,7 @@ def _draft(artifact: Artifact, want: Want, folder: Path) -> Draft:
         file=file,
         file_digest=file_digest(path),
         batch=want.batch,
-        fixed_batch=want.runtime == COMPILED,
+        compiled_rows=want.batch if want.runtime == COMPILED else 0,
         threads=physical_cores(),
         input_name="pixels" if want.tower == "vision" else "ids",
         input_dtype=inputs.dtype.name,
@@ -141,8 +141,8 @@ def _draft(artifact: Artifact, want: Want, folder: Path) -> Draft:
         bytes=path.stat().st_size,
         recipe=RECIPE,
     )
-    engine = load_engine(folder / "card.json", card, card.threads, card.batch)
-    return Draft(folder, card, cast(gate.ExactEngine, engine))
+    engine = cast(gate.ExactEngine, load_engine(folder / "card.json", card, card.threads))
+    return Draft(folder, engine.card, engine)
 
 
 def _compile(artifact: Artifact, want: Want, library: Path) -> None:
@@ -181,6 +181,7 @@ def _rows_per_s(engine: gate.ExactEngine, seconds_min: float = 0.1) -> float:
     rows, start = 0, time.perf_counter()
     while (elapsed := time.perf_counter() - start) < seconds_min:
         engine.launch(0, engine.card.batch)
+        engine.result(0)
         rows += engine.card.batch
     return rows / elapsed
 
@@ -202,7 +203,7 @@ def _read_card(artifact: Artifact, want: Want) -> EngineCard | None:
 
 def _is_current(artifact: Artifact, want: Want, allow_inaccurate: bool) -> bool:
     card = _read_card(artifact, want)
-    if card is None or card.recipe != RECIPE or card.batch != want.batch:
+    if card is None or card.recipe != RECIPE:
         return False
     path = artifact.path / "engines" / want.folder / "card.json"
     return not refusal(artifact, path, card) and (card.passed or allow_inaccurate)
@@ -255,9 +256,7 @@ def main(arguments: list[str] | None = None) -> int:
 
     start = time.perf_counter()
     try:
-        report = build_engines(
-            asked.model, asked.runtime, asked.precision, allow_inaccurate=asked.allow_inaccurate
-        )
+        report = build_engines(asked.model, asked.runtime, asked.precision, allow_inaccurate=asked.allow_inaccurate)
     except (EngineUnavailable, ExportError) as error:
         print(f"error: {error}", file=sys.stderr)
         return 2

@@ -97,9 +97,7 @@ def measure(engine: ExactEngine, inputs: npt.NDArray[Any], want_nd: npt.NDArray[
     )
 
 
-def encode(
-    engine: ExactEngine, inputs: npt.NDArray[Any]
-) -> tuple[npt.NDArray[np.float32], npt.NDArray[np.float16]]:
+def encode(engine: ExactEngine, inputs: npt.NDArray[Any]) -> tuple[npt.NDArray[np.float32], npt.NDArray[np.float16]]:
     """Vectors of all `inputs`, exact and as stored, in full batches and a short last one, over rotating slots."""
     exact, stored = [], []
     for turn, start in enumerate(range(0, len(inputs), engine.card.batch)):

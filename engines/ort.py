@@ -24,7 +24,8 @@ CPU_PROVIDER = "CPUExecutionProvider"
 class OrtCpuEngine:
     """One session, `slots` pairs of bound buffers. Graphs with a dynamic batch take any `batch` at open."""
 
-    def __init__(self, card_path: Path, card: EngineCard, threads: int, batch: int, slots: int = 3) -> None:
+    def __init__(self, card_path: Path, card: EngineCard, threads: int, batch: int | None, slots: int = 3) -> None:
+        batch = batch or card.batch
         self._session = _open_session(card_path.parent / card.file, threads)
         _expect_batch(self._session, card, batch)
         self.card = replace(card, batch=batch, threads=threads)

@@ -93,7 +93,7 @@ class EngineCard:
     file: str  # relative to the card; "../../onnx/..." for runtimes that compile at load
     file_digest: str
     batch: int  # rows of the input buffers; what it was measured with
-    fixed_batch: bool  # compiled in: it cannot be opened with another
+    compiled_rows: int  # rows of one run of a compiled library; 0 where a run takes any batch
     threads: int  # OpenMP threads it was measured with
     input_name: str
     input_dtype: str  # numpy name: float32 for vision, int32 for text

@@ -5,7 +5,7 @@
 The directory is what `save_pretrained` would write (config.json, model.safetensors, preprocessor_config.json and the
 tokenizer), so everything that reads a trained model reads it. Speed is that of a trained model of the shape; what the
 vectors mean is noise. With Hugging Face's own initial weights different pictures have cosine 0.91 to 0.99, which hides
-errors; at twice their scale it is 0.65 on the golden pictures, and biases and norms are random too, so that a lost one
+errors; at twice their scale it is 0.66 on the golden pictures, and biases and norms are random too, so that a lost one
 shows.
 """
 

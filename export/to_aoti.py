@@ -31,9 +31,7 @@ DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16}
 INDUCTOR: dict[str, Any] = {"freezing": True, "cpp.dynamic_threads": True}
 
 
-def compile_tower(
-    module: nn.Module, example: npt.NDArray[Any], precision: Precision, library: Path
-) -> None:
+def compile_tower(module: nn.Module, example: npt.NDArray[Any], precision: Precision, library: Path) -> None:
     """Write the library of `module` for batches shaped like `example`."""
     if precision != "fp32":
         module = copy.deepcopy(module).to(DTYPES[precision])

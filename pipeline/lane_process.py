@@ -64,8 +64,10 @@ def lane_main(spec: LaneSpec, conn: Connection, board: Board) -> None:
         process = LaneProcess(spec, conn, board)
     except EngineUnavailable as error:
         conn.send(Refused(str(error)))
-        return
-    process.run()
+    except BaseException:  # noqa: BLE001 - a bug of ours; it ends the run with its words, not a row of deaths
+        conn.send(Refused(f"{spec.name} could not start:\n{traceback.format_exc()}"))
+    else:
+        process.run()
 
 
 class LaneProcess:

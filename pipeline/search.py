@@ -16,7 +16,7 @@ import numkong
 import numpy as np
 import numpy.typing as npt
 from rich.console import Console
-from rich.table import Table
+from rich.table import Column, Table
 from tokenizers import Tokenizer
 
 from engines import EngineUnavailable, open_engine
@@ -169,7 +169,7 @@ def show(cfg: SearchConfig, hits: list[Hit]) -> None:
     if cfg.json:
         print(json.dumps({"query": cfg.text or str(cfg.image), "hits": [asdict(hit) for hit in hits]}))
         return
-    table = Table("#", "score", "label", "key", box=None, pad_edge=False)
+    table = Table("#", "score", "label", Column("key", overflow="fold"), box=None, pad_edge=False)
     for number, hit in enumerate(hits, 1):
         note = f"  ({hit.mark})" if hit.mark else ""
         table.add_row(str(number), f"{hit.score:.4f}", _label(hit), hit.key + note)

@@ -42,23 +42,23 @@ def embed(store: Store, pictures: Mapping[str, bytes], space: str = SPACE, chunk
     while todo := store.pending(chunk):
         contents = [pictures[entry.key] for entry in todo]
         known = store.has_vectors([content_hash(content) for content in contents])
-        done, outcomes = [], []
+        done: dict[bytes, Outcome] = {}
+        outcomes = []
         for entry, content, has in zip(todo, contents, known, strict=True):
             digest = content_hash(content)
             if content.startswith(BAD):
                 outcomes.append(Outcome(entry.id, "quarantined", digest, "corrupt", words="no such marker"))
-            elif has or digest in {outcome.content_hash for outcome in done}:
+            elif has or digest in done:
                 outcomes.append(Outcome(entry.id, "copied", digest))
             else:
-                done.append(Outcome(entry.id, "embedded", digest, mark="damaged" if b"torn" in content else ""))
+                done[digest] = Outcome(entry.id, "embedded", digest, mark="damaged" if b"torn" in content else "")
         shard = None
         if done:
             by_hash = {content_hash(content): content for content in contents}
-            vectors = np.stack([vector_of(by_hash[outcome.content_hash or b""], space) for outcome in done])
-            hashes = [outcome.content_hash or b"" for outcome in done]
-            ids = np.array([outcome.id for outcome in done], np.int64)
-            shard = write_shard(store.shard_path(), vectors, ids, hashes, {"space": space})
-        committed.append(store.commit_chunk(shard, done + outcomes))
+            vectors = np.stack([vector_of(by_hash[digest], space) for digest in done])
+            ids = np.array([outcome.id for outcome in done.values()], np.int64)
+            shard = write_shard(store.shard_path(), vectors, ids, list(done), {"space": space})
+        committed.append(store.commit_chunk(shard, [*done.values(), *outcomes]))
     return committed
 
 

@@ -15,14 +15,11 @@ import numpy as np
 import pytest
 import torch
 
-from engines.spec import Artifact, Tower, find_artifact
+from engines.spec import Artifact, find_artifact
 from export import golden, source, to_onnx, towers
 from export.__main__ import main
 from export.random_model import byte_vocab, write_random_model
 from export.source import ExportError
-
-# tower, and the arrays of golden.npz that it takes and gives
-TOWERS: list[tuple[Tower, str, str]] = [("vision", "pixels", "image_vectors"), ("text", "ids", "text_vectors")]
 
 
 @pytest.fixture(scope="module")

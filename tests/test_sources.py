@@ -9,7 +9,6 @@ import os
 import pickle
 import resource
 import shutil
-import stat
 from pathlib import Path
 
 import fsspec
@@ -23,8 +22,9 @@ from pipeline.sources.keys import clean_metadata, decode_key, encode_key
 
 JPEG = b"\xff\xd8\xff\xe0 not decoded here \xff\xd9"
 NASTY = [
-    "a b (1).jpg", "café_鸟.jpg", "cafe\u0301.jpg", "🐦‍⬛.jpg", "ציפור.jpg", "line1\nline2.jpg", "a\tb\r.jpg", "100%25 %s.jpg",
-    "%41.jpg", "A.jpg", "a.jpg", "[a]*?.jpg", "-rf.jpg", ".hidden.jpg", "a#b?c=d.jpg", "back\\slash.jpg", "x" * 251 + ".jpg",
+    "a b (1).jpg", "café_鸟.jpg", "cafe\u0301.jpg", "🐦‍⬛.jpg", "ציפור.jpg", "line1\nline2.jpg", "a\tb\r.jpg",
+    "100%25 %s.jpg", "%41.jpg", "A.jpg", "a.jpg", "[a]*?.jpg", "-rf.jpg", ".hidden.jpg", "a#b?c=d.jpg",
+    "back\\slash.jpg", "x" * 251 + ".jpg",
 ]  # fmt: skip
 NASTY_BYTES = [*(name.encode() for name in NASTY), b"bad\xff\xfename.jpg", b"caf\xe9.jpg", b"\xed\xa0\x80.jpg"]
 
@@ -241,7 +241,7 @@ def test_split_and_download_belong_to_inat2021(tmp_path: Path) -> None:
         open_source("folder", str(tmp_path), download=True)
 
 
-@pytest.fixture()
+@pytest.fixture
 def memory_root() -> str:
     memory = fsspec.filesystem("memory")
     memory.store.clear()
@@ -296,9 +296,8 @@ def test_a_remote_folder_that_fails_is_told(memory_root: str, monkeypatch: pytes
     assert [entry.key for entry in entries if isinstance(entry, Item)] == ["100%25.jpg", "a.jpg", "b/1.jpg"]
 
 
-def test_a_regular_file_is_what_is_listed(tmp_path: Path) -> None:
+def test_a_file_url_is_a_local_folder(tmp_path: Path) -> None:
     write(tmp_path, "a.jpg")
     [item] = listed(open_source("folder", f"file://{tmp_path}/"))
     status = (tmp_path / "a.jpg").stat()
     assert (item.size_bytes, item.mtime_ns) == (status.st_size, status.st_mtime_ns)
-    assert stat.S_ISREG(status.st_mode)

@@ -174,21 +174,28 @@ def full_disk(out: Path) -> None:
     """A limit on file size fails the same write calls as a full disk does, inside HDF5 and inside SQLite."""
     pictures = some(20)
     run(out, pictures)
-    more = {**pictures, **some(9000, start=100)}
+    more = {**pictures, **some(3000, start=100)}
+
+    def fails(limit: int, work: Callable[[], object]) -> None:
+        resource.setrlimit(resource.RLIMIT_FSIZE, (limit, resource.RLIM_INFINITY))
+        with pytest.raises((OSError, sqlite3.Error)):
+            work()
+        resource.setrlimit(resource.RLIMIT_FSIZE, (resource.RLIM_INFINITY, resource.RLIM_INFINITY))
+
     with Store.open(out, SPACE, DIM) as store:
         store.begin_run(PHOTOS)
         store.observe([item(key, content) for key, content in more.items()])
         store.finish_listing()
-        for limit in (4096, 60_000, 200_000):
-            resource.setrlimit(resource.RLIMIT_FSIZE, (limit, resource.RLIM_INFINITY))
-            with pytest.raises((OSError, sqlite3.Error)):
-                embed(store, more, chunk=9000)
-            resource.setrlimit(resource.RLIMIT_FSIZE, (resource.RLIM_INFINITY, resource.RLIM_INFINITY))
+        for limit in (4096, 20_000, 130_000):  # the head of the shard, its vectors, the manifest
+            fails(limit, lambda: embed(store, more, chunk=3000))
             assert not list((out / "shards").glob("*.tmp"))
-            assert store.counts().pending == 9000
+            assert store.counts().pending == 3000
+        embed(store, more, chunk=1000)
+        for limit in (4096, 30_000, 200_000):
+            fails(limit, lambda: store.publish({}, {}))
+            assert_shows(out, pictures)
     assert_whole(out, set(more.values()))
-    assert_shows(out, pictures)
-    run(out, more, chunk=9000)
+    run(out, more)
     assert_shows(out, more)
 
 

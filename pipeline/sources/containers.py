@@ -63,7 +63,7 @@ class ContainerSource(ABC):
             try:
                 found = place.find(name)
             except Exception as error:  # tarfile, pyarrow and every remote file system raise their own types
-                log.warning("%s cannot be opened", prefix, exc_info=True)
+                log.debug("%s cannot be opened", prefix, exc_info=True)
                 yield Damage(prefix, words_of(error))
                 continue
             uri = place.uri(name)
@@ -81,10 +81,9 @@ class ContainerSource(ABC):
         try:
             yield from self.list_one(place, found)
             if not same_file(found, place.find(found.name)):
-                log.warning("%s changed while it was listed", prefix)
                 yield Damage(prefix, "it changed while it was listed")
         except Exception as error:  # see list
-            log.warning("%s cannot be listed to its end", prefix, exc_info=True)
+            log.debug("%s cannot be listed to its end", prefix, exc_info=True)
             yield Damage(prefix, words_of(error))
 
     def _names(self, place: Place) -> Iterator[bytes | Damage]:

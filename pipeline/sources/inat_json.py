@@ -215,8 +215,8 @@ class _Text:
             except json.JSONDecodeError:
                 self._more()
                 continue
-            if end == len(self._text) and not self._ended:
-                self._more()  # a number that touches the window's end may go on
+            if len(self._text) - end < len("e-1") and not self._ended:
+                self._more()  # a number near the window's end may go on: 1.5, 1e-1
                 continue
             self._at = end
             return value

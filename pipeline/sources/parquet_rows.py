@@ -1,8 +1,8 @@
 """Parquet files with a column of encoded pictures, as Hugging Face datasets write them or plain binary.
 
 The key is `<file>/<row number>`; the other scalar columns become metadata. Listing reads those columns only, so
-`size_bytes` is the mean of the row group. Reading moves a cursor forward through a row group, 64 rows at a time:
-each process decodes a page once, and memory stays at a few hundred pictures however large the row groups are.
+`size_bytes` is the mean of the row group. Reading moves a cursor forward through a row group, 16 rows at a time:
+each process decodes a page once, and memory stays at some dozens of pictures however large the row groups are.
 """
 
 from __future__ import annotations
@@ -21,7 +21,7 @@ from pipeline.sources.places import MAX_READ_BYTES, Found, Place, digest_of, pla
 
 # Names of a binary column that holds pictures, the likeliest first.
 IMAGE_COLUMNS = ("image", "img", "picture", "photo", "jpg", "jpeg", "png", "webp", "bytes", "image_bytes", "content")
-ROWS_AT_ONCE = 64
+ROWS_AT_ONCE = 16
 # Decode threads of a lane ask slightly out of order: the last batches stay at hand, so none turns the cursor back.
 BATCHES_KEPT = 4
 # Two, because around the end of a row group a lane reads from both.

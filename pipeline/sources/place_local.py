@@ -206,5 +206,4 @@ def _unreadable(folder: bytes, error: OSError) -> Damage:
     words = words_of(error)
     if error.errno == errno.ENAMETOOLONG:
         words += ": a path has at most 4,096 bytes; use a root further down"
-    log.warning("folder %r cannot be listed: %s", folder, words)
     return Damage(encode_key(folder), words)

@@ -83,7 +83,7 @@ class RemotePlace:
         try:
             listed = self._fs.ls(path, detail=True)
         except Exception as error:  # each file system has its own types: botocore, aiohttp, paramiko
-            log.warning("folder %s cannot be listed", path, exc_info=True)
+            log.debug("folder %s cannot be listed", path, exc_info=True)
             return [Damage(encode_key(folder + b"/" if folder else b""), words_of(error))]
         entries: list[tuple[bytes, dict[str, Any]]] = []
         for info in listed:
@@ -98,7 +98,7 @@ class RemotePlace:
         try:
             return self.find(name)  # a web server's folder page tells no sizes: one more request per file
         except Exception as error:  # see _entries
-            log.warning("%s cannot be looked up", self._path(name), exc_info=True)
+            log.debug("%s cannot be looked up", self._path(name), exc_info=True)
             return Damage(encode_key(name), words_of(error))
 
     def _found(self, name: bytes, info: dict[str, Any]) -> Found:

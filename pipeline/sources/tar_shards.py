@@ -101,8 +101,8 @@ def _members(file: BinaryIO, shard: str) -> Iterator[_Member | Damage]:
             elif rest.strip(b"\0"):
                 yield _damage(shard, f"no valid header at byte {tar.offset}: torn, or several tars joined into one")
     except Exception as error:  # besides tarfile's own, whatever a remote file raises
-        log.warning("%s ends early", shard, exc_info=True)
-        yield Damage(f"{shard}/", words_of(error))
+        log.debug("%s ends early", shard, exc_info=True)
+        yield _damage(shard, words_of(error))
     if left_out:
         log.info("%s: left out, neither pictures nor their metadata: %s", shard, dict(left_out))
 
@@ -152,5 +152,4 @@ def _stem(name: bytes) -> bytes:
 
 
 def _damage(shard: str, words: str) -> Damage:
-    log.warning("%s: %s", shard, words)
     return Damage(f"{shard}/", words)

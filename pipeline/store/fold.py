@@ -20,7 +20,7 @@ import numpy.typing as npt
 from pipeline.store.files import StoreDamaged
 from pipeline.store.listing import FETCH_ROWS, Bits
 from pipeline.store.manifest import LIVE, next_id, transaction
-from pipeline.store.shards import PIECE_ROWS, ShardInfo, ShardWriter, Vectors, check_file
+from pipeline.store.shards import PIECE_ROWS, Piece, ShardInfo, check_file, write_pieces
 
 SEGMENT_ROWS = 400_000
 FILES_MAX = 256  # data files of one generation
@@ -104,11 +104,9 @@ def fold(db: sqlite3.Connection, out: Path, space: int, name: str, group: Sequen
     number = next_id(db, "shard")
     info: ShardInfo | None = None
     if rows:
-        with ShardWriter(out / "segments" / f"{number:08d}.h5", rows, group[0].info.dim, {"space": name}) as writer:
-            for file in group:
-                for emb_nd, ids, hashes in live_pieces(out, file):
-                    writer.append(emb_nd, ids, hashes)
-        info = writer.info
+        pieces = (piece for file in group for piece in live_pieces(out, file))
+        path = out / "segments" / f"{number:08d}.h5"
+        info = write_pieces(path, rows, group[0].info.dim, pieces, {"space": name})
     with transaction(db):
         if info is not None:
             register(db, space, info)
@@ -155,7 +153,7 @@ def read_hashes(out: Path, info: ShardInfo) -> npt.NDArray[np.uint8]:
     return hashes
 
 
-def live_pieces(out: Path, source: DataFile) -> Iterator[tuple[Vectors, npt.NDArray[np.int64], npt.NDArray[np.uint8]]]:
+def live_pieces(out: Path, source: DataFile) -> Iterator[Piece]:
     """The live rows of a file, some thousand at a time: what is held at once does not grow with the segment."""
     check_file(out / source.info.name, source.info, digest=False)
     with h5py.File(out / source.info.name, "r", locking=False) as file:

@@ -10,23 +10,21 @@ without HDF5. No compression on purpose: float16 unit vectors shrink by about 7 
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from types import TracebackType
 from typing import Any, TypeAlias
 
-import h5py
 import numpy as np
 import numpy.typing as npt
 
 from pipeline.store.files import DIGEST_BYTES, StoreDamaged, commit_file, digest_file, temporary
+from pipeline.store.hdf5 import new_h5
 
 F16: TypeAlias = np.dtype[np.float16]
 Vectors: TypeAlias = npt.NDArray[np.float16]
 
 NORM_TOLERANCE = 0.01  # float16 rounding moves a norm by at most 0.001; more is a bug of the engine
-ALIGNMENT = 4096  # /embeddings starts on a page, so that a mapping needs no correction
 PIECE_ROWS = 8192  # rows copied at once: 8 MB at d = 512
 
 
@@ -42,52 +40,7 @@ class ShardInfo:
     offset: int  # of /embeddings in the file
 
 
-class ShardWriter:
-    """Writes a shard in pieces. The file gets its name only when every row has come; an error leaves nothing."""
-
-    def __init__(self, path: Path, rows: int, dim: int, attrs: Mapping[str, Any]) -> None:
-        self._path, self._rows, self._dim, self._at = path, rows, dim, 0
-        self.info: ShardInfo | None = None
-        self._file = h5py.File(temporary(path), "w", alignment_threshold=ALIGNMENT, alignment_interval=ALIGNMENT)
-        self._file.attrs.update(attrs)
-        self._emb_nd = self._file.create_dataset("embeddings", (rows, dim), "<f2")
-        self._ids = self._file.create_dataset("id", (rows,), "<i8")
-        self._hashes = self._file.create_dataset("content_hash", (rows, DIGEST_BYTES), "u1")
-
-    def append(self, emb_nd: Vectors, ids: npt.NDArray[np.int64], hashes: npt.NDArray[np.uint8]) -> None:
-        check_vectors(emb_nd, self._dim)
-        if not len(emb_nd) == len(ids) == len(hashes):
-            raise ValueError(f"{len(emb_nd)} vectors, {len(ids)} ids, {len(hashes)} hashes; every row needs all three")
-        end = self._at + len(emb_nd)
-        if end > self._rows:
-            raise ValueError(f"{self._path.name} was opened for {self._rows} rows, got row {end}")
-        self._emb_nd[self._at : end] = emb_nd
-        self._ids[self._at : end] = ids
-        self._hashes[self._at : end] = hashes
-        self._at = end
-
-    def __enter__(self) -> ShardWriter:
-        return self
-
-    def __exit__(self, kind: type[BaseException] | None, error: BaseException | None, _: TracebackType | None) -> None:
-        try:
-            if kind is None:
-                self._finish()
-        finally:
-            # After a rename there is nothing to remove: then this is a no-op.
-            self._file.close()
-            temporary(self._path).unlink(missing_ok=True)
-
-    def _finish(self) -> None:
-        if self._at != self._rows:
-            raise ValueError(f"{self._path.name} was opened for {self._rows} rows, only {self._at} came")
-        offset = self._emb_nd.id.get_offset()
-        self._file.close()
-        path = temporary(self._path)
-        size, digest = path.stat().st_size, digest_file(path)
-        commit_file(self._path)
-        name = f"{self._path.parent.name}/{self._path.name}"
-        self.info = ShardInfo(name, self._rows, self._dim, size, digest, offset)
+Piece: TypeAlias = tuple[Vectors, npt.NDArray[np.int64], npt.NDArray[np.uint8]]  # vectors, ids, content hashes
 
 
 def write_shard(
@@ -100,10 +53,36 @@ def write_shard(
     """Write one chunk's vectors, durably. A chunk without a vector has no file."""
     if emb_nd.ndim != 2 or not len(emb_nd):
         raise ValueError(f"emb_nd has shape {emb_nd.shape}, expected (n >= 1, d); an empty chunk writes no shard")
-    with ShardWriter(path, len(emb_nd), emb_nd.shape[1], attrs) as writer:
-        writer.append(emb_nd, ids, hash_rows(content_hashes))
-    assert writer.info is not None
-    return writer.info
+    rows, dim = emb_nd.shape
+    return write_pieces(path, rows, dim, [(emb_nd, ids, hash_rows(content_hashes))], attrs)
+
+
+def write_pieces(path: Path, rows: int, dim: int, pieces: Iterable[Piece], attrs: Mapping[str, Any]) -> ShardInfo:
+    """The file gets its name only when every row has come; an error leaves nothing."""
+    draft = temporary(path)
+    try:
+        with new_h5(draft) as (file, check):
+            file.attrs.update(attrs)
+            embeddings = file.create_dataset("embeddings", (rows, dim), "<f2")
+            row_ids = file.create_dataset("id", (rows,), "<i8")
+            row_hashes = file.create_dataset("content_hash", (rows, DIGEST_BYTES), "u1")
+            at = 0
+            for emb_nd, ids, hashes in pieces:
+                check_vectors(emb_nd, dim)
+                if not len(emb_nd) == len(ids) == len(hashes):
+                    raise ValueError(f"{len(emb_nd)} vectors, {len(ids)} ids, {len(hashes)} hashes; they must match")
+                part = slice(at, at + len(emb_nd))
+                embeddings[part], row_ids[part], row_hashes[part] = emb_nd, ids, hashes
+                at = part.stop
+                check()
+            assert at == rows, f"{path.name} was planned for {rows} rows, {at} came"
+            offset = embeddings.id.get_offset()
+        info = ShardInfo(f"{path.parent.name}/{path.name}", rows, dim, draft.stat().st_size, digest_file(draft), offset)
+        commit_file(path)
+    except BaseException:
+        draft.unlink(missing_ok=True)
+        raise
+    return info
 
 
 def hash_rows(content_hashes: Sequence[bytes]) -> npt.NDArray[np.uint8]:

@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import json
 import sqlite3
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -17,9 +17,11 @@ from urllib.parse import quote, quote_from_bytes
 import h5py
 import numpy as np
 
+from pipeline.store.files import DIGEST_BYTES
 from pipeline.store.fold import DataFile
+from pipeline.store.hdf5 import new_h5
 from pipeline.store.manifest import LIVE
-from pipeline.store.shards import ALIGNMENT, PIECE_ROWS
+from pipeline.store.shards import PIECE_ROWS
 
 # HDF5 takes time quadratic in the stretches of one selection, and 25 KB for every selection: 128 suits both.
 RUNS_PER_MAPPING = 128
@@ -73,19 +75,19 @@ def write(
 ) -> tuple[int, int]:
     """Write index.h5. Returns how many vectors it repeats, and their offset in it."""
     firsts = sum(file.live_rows for file in files)
-    with h5py.File(path, "w", alignment_threshold=ALIGNMENT, alignment_interval=ALIGNMENT) as h5:
+    with new_h5(path) as (h5, check):
         for name in ("key", "mark", "locator"):
             h5.create_dataset(name, (rows,), h5py.string_dtype())
         h5.create_dataset("id", (rows,), "<i8")
         h5.create_dataset("source", (rows,), "<i4")
         h5.create_dataset("size_bytes", (rows,), "<i8")
-        h5.create_dataset("content_hash", (rows, 16), "u1")
+        h5.create_dataset("content_hash", (rows, DIGEST_BYTES), "u1")
         repeated = h5.create_dataset("repeated", (rows - firsts, dim), "<f2")
         columns = _columns(db, space)
         group = h5.create_group("metadata")
         for column in columns:
             column.create(group, rows)
-        first, again = _Rows(h5, columns, 0), _Rows(h5, columns, firsts)
+        first, again = _Rows(h5, check, columns, 0), _Rows(h5, check, columns, firsts)
         copy = _Copy(out, {file.number: file for file in files}, repeated)
         place: tuple[int, int] | None = None
         for record in db.execute(_ROWS, (space,)):
@@ -115,8 +117,8 @@ def _columns(db: sqlite3.Connection, space: int) -> list[Column]:
 class _Rows:
     """Collects records and writes them to rows [at, ...) of every column."""
 
-    def __init__(self, h5: h5py.File, columns: Sequence[Column], at: int) -> None:
-        self._h5, self._columns, self.at = h5, columns, at
+    def __init__(self, h5: h5py.File, check: Callable[[], None], columns: Sequence[Column], at: int) -> None:
+        self._h5, self._check, self._columns, self.at = h5, check, columns, at
         self._records: list[Any] = []
 
     def add(self, record: Any) -> None:
@@ -131,7 +133,7 @@ class _Rows:
         part = slice(self.at, self.at + len(keys))
         self._h5["key"][part] = list(keys)
         self._h5["id"][part] = ids
-        self._h5["content_hash"][part] = np.frombuffer(b"".join(hashes), np.uint8).reshape(-1, 16)
+        self._h5["content_hash"][part] = np.frombuffer(b"".join(hashes), np.uint8).reshape(-1, DIGEST_BYTES)
         if any(marks):  # few are marked, and what is not written reads as ""
             self._h5["mark"][part] = list(marks)
         self._h5["source"][part] = sources
@@ -141,6 +143,7 @@ class _Rows:
             unpacked = [json.loads(text) if text else {} for text in packed]
             for column in self._columns:
                 self._h5["metadata"][column_path(column.name)][part] = column.values(unpacked)
+        self._check()
         self.at = part.stop
         self._records.clear()
 

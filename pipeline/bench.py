@@ -1,0 +1,248 @@
+"""`python -m pipeline.bench`: the figures of docs/benchmarks, each one JSON file with command, hardware and versions.
+
+    race      end-to-end images/s against what users run today, and against our own engine alone: same files, same
+              cores, interleaved rounds. Every contestant is timed on N and on 2N pictures; the difference is its rate,
+              so that nobody pays for imports and model load.
+    memory    peak RSS of lane and coordinator by number of pictures; a tiny model leaves the pipeline alone to be seen
+    store     rows/s into shards alone, and with the manifest
+
+These machines are noisy: only ratios within one run mean anything.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import os
+import platform
+import shutil
+import statistics
+import subprocess
+import sys
+import tempfile
+import time
+from collections.abc import Callable
+from importlib.metadata import version
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import psutil
+
+from engines import open_engine
+from engines.hardware import host_id
+from engines.spec import find_artifact
+from pipeline.batch import Item
+from pipeline.store import Outcome, Scope, Store, write_shard
+
+PEERS = Path(__file__).resolve().parents[1] / "docs" / "benchmarks" / "peers.py"
+PACKAGES = ("torch", "onnxruntime", "transformers", "simplejpeg", "pillow", "h5py", "numpy")
+ENGINE_S = 12.0  # of running the engine alone
+
+
+def unique_copies(pictures: list[Path], folder: Path, count: int) -> None:
+    """`count` JPEGs with the pixels of `pictures` in turn, each with a comment of its own: new bytes, same work."""
+    folder.mkdir(parents=True)
+    for number in range(count):
+        encoded = pictures[number % len(pictures)].read_bytes()
+        comment = f"copy {number}".encode()
+        segment = b"\xff\xfe" + (len(comment) + 2).to_bytes(2, "big") + comment
+        (folder / f"{number:07d}.jpg").write_bytes(encoded[:2] + segment + encoded[2:])
+
+
+def last_json(command: list[str]) -> dict[str, Any]:
+    done = subprocess.run(command, capture_output=True, text=True, check=False)
+    if done.returncode:
+        raise RuntimeError(f"{' '.join(command)} failed with {done.returncode}: {done.stderr[-2000:]}")
+    parsed: dict[str, Any] = json.loads(done.stdout.strip().splitlines()[-1])
+    return parsed
+
+
+def index_command(root: Path, out: Path, model: str) -> list[str]:
+    return [
+        sys.executable, "-m", "pipeline.index", "--source", "folder", "--root", str(root), "--out", str(out),
+        "--model", model, "--json",
+    ]
+
+
+# ---- race --------------------------------------------------------------------------------------------------------
+
+
+def race(pictures: Path, model: str, images: int, rounds: int) -> dict[str, Any]:
+    """Medians over `rounds` of images/s, and of each contestant's ratio to ours within a round."""
+    jpegs = sorted(path for path in pictures.rglob("*.jpg"))
+    if not jpegs:
+        raise SystemExit(f"no *.jpg below {pictures}; --pictures wants a folder of JPEG photos")
+    with tempfile.TemporaryDirectory() as name:
+        work = Path(name)
+        for count in (images, 2 * images):
+            unique_copies(jpegs, work / str(count), count)
+        contestants: dict[str, Callable[[Path], float]] = {
+            "nightjar": lambda root: _timed_index(root, work, model),
+            **{who: _peer(who, model, work) for who in ("hf-one", "hf-batched", "fastembed")},
+        }
+        _give_fastembed_its_graph(model)
+        table: list[dict[str, float]] = []
+        for _ in range(rounds):
+            row = {who: _marginal_rate(run, work, images) for who, run in contestants.items()}
+            row["engine alone"] = engine_rate(model)
+            table.append(row)
+            print(json.dumps(row), file=sys.stderr, flush=True)
+    return {
+        "images": [images, 2 * images], "pictures": f"{len(jpegs)} JPEGs, each with a unique comment", "rounds": table,
+        "median_images_per_s": {who: statistics.median(row[who] for row in table) for who in table[0]},
+        "nightjar_over": {who: statistics.median(row["nightjar"] / row[who] for row in table) for who in table[0]},
+    }
+
+
+def _marginal_rate(run: Callable[[Path], float], work: Path, images: int) -> float:
+    return images / (run(work / str(2 * images)) - run(work / str(images)))
+
+
+def _timed_index(root: Path, work: Path, model: str) -> float:
+    out = work / "index"
+    shutil.rmtree(out, ignore_errors=True)
+    report = last_json(index_command(root, out, model))
+    assert report["embedded"] == len(os.listdir(root)), report
+    return float(report["seconds"])
+
+
+def _peer(who: str, model: str, work: Path) -> Callable[[Path], float]:
+    def run(root: Path) -> float:
+        result = last_json([sys.executable, str(PEERS), who, model, str(root), str(work / f"{who}.npy")])
+        assert result["images"] == len(os.listdir(root)), result
+        return float(result["seconds"])
+
+    return run
+
+
+def _give_fastembed_its_graph(model: str) -> None:
+    """fastembed reads MODEL/model.onnx with an input `pixel_values`; ours is the same network."""
+    target = Path(model) / "model.onnx"
+    if not target.exists():
+        shutil.copyfile(find_artifact(model).onnx("vision", "fp32"), target)
+
+
+def engine_rate(model: str) -> float:
+    """Images/s of the engine `index` would take, alone, on random pixels."""
+    engine = open_engine(find_artifact(model), "vision")
+    rows = engine.card.batch
+    engine.input(0)[:] = np.random.default_rng(0).standard_normal(engine.input(0).shape, np.float32)
+    engine.launch(0, rows)
+    engine.result(0)
+    done, start_s = 0, time.monotonic()
+    while time.monotonic() - start_s < ENGINE_S:
+        engine.launch(0, rows)
+        engine.result(0)
+        done += rows
+    return done / (time.monotonic() - start_s)
+
+
+# ---- memory ------------------------------------------------------------------------------------------------------
+
+
+def memory(pictures: Path, model: str, counts: list[int]) -> dict[str, Any]:
+    """Peak RSS in MB of coordinator and lane by number of pictures; flat means bounded."""
+    jpegs = sorted(path for path in pictures.rglob("*.jpg"))
+    peaks = []
+    for count in counts:
+        with tempfile.TemporaryDirectory() as name:
+            unique_copies(jpegs, Path(name) / "photos", count)
+            command = index_command(Path(name) / "photos", Path(name) / "index", model)
+            started = subprocess.Popen(command, stdout=subprocess.PIPE, text=True)
+            rss_mb = _watch(started)
+            assert started.stdout
+            report = json.loads(started.stdout.read().strip().splitlines()[-1])
+            assert report["embedded"] == count, report
+            peaks.append({"images": count, "images_per_s": report["images_per_s"], **rss_mb})
+            print(json.dumps(peaks[-1]), file=sys.stderr, flush=True)
+    return {"peak_rss_mb": peaks}
+
+
+def _watch(started: subprocess.Popen[str]) -> dict[str, float]:
+    """VmHWM of the run and of its largest child, read twice a second while it runs."""
+    peaks = {"coordinator": 0.0, "lane": 0.0}
+    while started.poll() is None:
+        try:
+            parent = psutil.Process(started.pid)
+            peaks["coordinator"] = max(peaks["coordinator"], _peak_mb(parent))
+            for child in parent.children():
+                peaks["lane"] = max(peaks["lane"], _peak_mb(child))
+        except (psutil.NoSuchProcess, FileNotFoundError, ProcessLookupError):
+            continue  # it ended between two looks
+        time.sleep(0.5)
+    return peaks
+
+
+def _peak_mb(process: psutil.Process) -> float:
+    lines = Path(f"/proc/{process.pid}/status").read_text().splitlines()
+    return max((int(line.split()[1]) / 1024 for line in lines if line.startswith("VmHWM")), default=0.0)
+
+
+# ---- store -------------------------------------------------------------------------------------------------------
+
+
+def store(rows: int, dim: int, rounds: int) -> dict[str, Any]:
+    """Rows/s into shards alone, and through listing, shard and manifest."""
+    rng = np.random.default_rng(0)
+    emb_nd = rng.standard_normal((4096, dim)).astype(np.float32)
+    emb_nd /= np.linalg.norm(emb_nd, axis=1, keepdims=True)
+    found = [_store_round(rows, emb_nd.astype(np.float16)) for _ in range(rounds)]
+    return {
+        "rows": rows, "dim": dim, "rounds": found,
+        "median_rows_per_s": {key: statistics.median(round_[key] for round_ in found) for key in found[0]},
+    }
+
+
+def _store_round(rows: int, emb_nd: np.ndarray[Any, np.dtype[np.float16]]) -> dict[str, float]:
+    chunk = len(emb_nd)
+    with tempfile.TemporaryDirectory() as name, Store.open(Path(name) / "index", "bench", emb_nd.shape[1]) as opened:
+        opened.begin_run(Scope("folder", "/bench"))
+        seconds = dict.fromkeys(("listing", "shards", "commit"), 0.0)
+        for first in range(0, rows, chunk):
+            start_s = time.monotonic()
+            names = [f"{row:09d}.jpg" for row in range(first, first + chunk)]
+            opened.observe([Item(name, name.encode(), 1000, 1) for name in names])
+            listed_s = time.monotonic()
+            pending = opened.pending(chunk, first)
+            hashes = [os.urandom(16) for _ in pending]
+            drawn_s = time.monotonic()
+            shard = write_shard(opened.shard_path(), emb_nd, np.array([row.id for row in pending]), hashes, {})
+            written_s = time.monotonic()
+            opened.commit_chunk(shard, [Outcome(p.id, "embedded", h) for p, h in zip(pending, hashes, strict=True)])
+            seconds["listing"] += listed_s - start_s
+            seconds["shards"] += written_s - drawn_s
+            seconds["commit"] += time.monotonic() - written_s
+    return {"shards": rows / seconds["shards"], "with_manifest": rows / sum(seconds.values())}
+
+
+# ---- all ---------------------------------------------------------------------------------------------------------
+
+
+def main(argv: list[str] | None = None) -> None:
+    parser = argparse.ArgumentParser(prog="python -m pipeline.bench", description=__doc__,
+                                     formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("what", choices=["race", "memory", "store"])
+    parser.add_argument("--pictures", type=Path, help="race, memory: folder of JPEG photos")
+    parser.add_argument("--model", help="race, memory: model folder whose engines are built")
+    parser.add_argument("--images", type=int, nargs="+", default=[128], help="race: N; memory: every count")
+    parser.add_argument("--rounds", type=int, default=3)
+    parser.add_argument("--out", type=Path, required=True, help="folder of result files")
+    args = parser.parse_args(argv)
+    measure: dict[str, Callable[[], dict[str, Any]]] = {
+        "race": lambda: race(args.pictures, args.model, args.images[0], args.rounds),
+        "memory": lambda: memory(args.pictures, args.model, args.images),
+        "store": lambda: store(131_072, 512, args.rounds),
+    }
+    result = {
+        "command": f"python -m pipeline.bench {args.what}", "date": time.strftime("%Y-%m-%d"), "host": host_id(),
+        "cores": len(os.sched_getaffinity(0)), "versions": {name: version(name) for name in PACKAGES},
+        "python": platform.python_version(), **measure[args.what](),
+    }
+    args.out.mkdir(parents=True, exist_ok=True)
+    (args.out / f"{args.what}.json").write_text(json.dumps(result, indent=1) + "\n")
+    print(json.dumps(result))
+
+
+if __name__ == "__main__":
+    main()
