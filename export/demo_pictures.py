@@ -17,7 +17,6 @@ import io
 import json
 from collections.abc import Iterator, Sequence
 from dataclasses import asdict, dataclass
-from itertools import product
 from pathlib import Path
 from typing import NamedTuple, TypeAlias
 
@@ -25,9 +24,26 @@ import numpy as np
 import numpy.typing as npt
 from PIL import Image, ImageDraw
 
+from export.demo_captions import (
+    BACKGROUNDS,
+    COLOURS,
+    COUNTS,
+    HELD_OUT_PAIRS,
+    PAIRS,
+    POSITIONS,
+    SHAPES,
+    SIZES,
+    TOP,
+    Attributes,
+    Query,
+    full_query,
+    phrase,
+    relevance,
+)
+
 RGB: TypeAlias = tuple[int, int, int]
 
-COLOURS: dict[str, RGB] = {
+INKS: dict[str, RGB] = {
     "red": (215, 35, 35),
     "orange": (245, 135, 25),
     "yellow": (245, 225, 50),
@@ -37,12 +53,10 @@ COLOURS: dict[str, RGB] = {
     "pink": (245, 150, 195),
     "cyan": (55, 205, 215),
 }
-BACKGROUNDS: dict[str, RGB] = {"white": (244, 244, 244), "gray": (130, 130, 130), "black": (14, 14, 14)}
-POSITIONS: dict[str, tuple[int, int]] = {
+PAPERS: dict[str, RGB] = {"white": (244, 244, 244), "gray": (130, 130, 130), "black": (14, 14, 14)}
+CORNERS: dict[str, tuple[int, int]] = {
     "middle": (0, 0), "top left": (-1, -1), "top right": (1, -1), "bottom left": (-1, 1), "bottom right": (1, 1),
 }  # fmt: skip
-SIZES = ("small", "large")
-COUNTS = {1: "a", 2: "two", 3: "three", 4: "four"}
 
 
 def _ring_of_points(count: int, radii: Sequence[float], start_deg: float) -> npt.NDArray[np.float64]:
@@ -70,49 +84,7 @@ OUTLINES: dict[str, npt.NDArray[np.float64]] = {
     "ring": _ring_of_points(64, [1.0], 0),
     "diamond": _ring_of_points(4, [0.75, 1.2], 0),
 }  # fmt: skip
-SHAPES = tuple(OUTLINES)
 RING_HOLE = 0.55
-
-PAIRS = tuple(product(COLOURS, SHAPES))
-# Never drawn for training. Each colour and each shape is in exactly one, so each is known from seven other pairs.
-HELD_OUT_PAIRS = tuple((colour, SHAPES[(3 * i + 1) % len(SHAPES)]) for i, colour in enumerate(COLOURS))
-TRAINING_PAIRS = tuple(pair for pair in PAIRS if pair not in HELD_OUT_PAIRS)
-
-
-@dataclass(frozen=True)
-class Attributes:
-    """All that is said about a picture. Several shapes are scattered: they have neither size nor position."""
-
-    colour: str
-    shape: str
-    background: str
-    count: int
-    size: str = ""
-    position: str = ""
-
-    @property
-    def label(self) -> str:
-        return f"{self.colour}-{self.shape}"
-
-
-@dataclass(frozen=True)
-class Query:
-    """A text and the pictures it means: those that agree with every attribute it names. Empty means not named."""
-
-    text: str
-    colour: str = ""
-    shape: str = ""
-    background: str = ""
-    counts: tuple[int, ...] = ()
-    size: str = ""
-    position: str = ""
-
-    def means(self, picture: Attributes) -> bool:
-        named = (self.colour, self.shape, self.background, self.size, self.position)
-        shown = (picture.colour, picture.shape, picture.background, picture.size, picture.position)
-        return all(want in ("", have) for want, have in zip(named, shown, strict=True)) and (
-            not self.counts or picture.count in self.counts
-        )
 
 
 class Picture(NamedTuple):
@@ -132,62 +104,16 @@ class Record:
     height: int
 
 
-def phrase(
-    *, colour: str = "", shape: str = "", background: str = "", counts: tuple[int, ...] = (), size: str = "",
-    position: str = "", rng: np.random.Generator | None = None,
-) -> Query:  # fmt: skip
-    """The text that names these attributes; with `rng`, in one of several wordings."""
-
-    def choose(*wordings: str) -> str:
-        return wordings[0] if rng is None else wordings[int(rng.integers(len(wordings)))]
-
-    noun = shape or "shape"
-    if counts and 1 not in counts:
-        noun += "es" if noun.endswith("s") else "s"
-    words = [word for word in (size, colour, noun) if word]
-    if counts == (1,):
-        words.insert(0, choose("an" if words[0][0] in "aeiou" else "a", "one"))
-    elif len(counts) == 1:
-        words.insert(0, COUNTS[counts[0]])
-    tails = []
-    if position:
-        tails.append(choose("in the middle", "in the center") if position == "middle"
-                     else choose(f"at the {position}", f"in the {position} corner"))  # fmt: skip
-    if background:
-        tails.append(choose(f"on a {background} background", f"on {background}"))
-    if rng is not None and rng.integers(2):
-        tails.reverse()
-    opening = choose("", "", "", "a photo of ", "a picture of ", "an image of ")
-    text = opening + " ".join(words + tails)
-    return Query(text, colour, shape, background, counts, size, position)
-
-
-def full_query(picture: Attributes, rng: np.random.Generator | None = None) -> Query:
-    return phrase(colour=picture.colour, shape=picture.shape, background=picture.background, counts=(picture.count,),
-                  size=picture.size, position=picture.position, rng=rng)  # fmt: skip
-
-
-def short_query(picture: Attributes, rng: np.random.Generator) -> Query:
-    """A wording that names some of the attributes, colour and shape most often: what people type."""
-    keep = rng.random(6) < (0.8, 0.85, 0.25, 0.75, 0.3, 0.3)
-    if not keep[:2].any():
-        keep[:2] = True
-    several = (2, 3, 4) if picture.count > 1 and rng.random() < 0.3 else (picture.count,)
-    return phrase(colour=picture.colour if keep[0] else "", shape=picture.shape if keep[1] else "",
-                  background=picture.background if keep[2] else "", counts=several if keep[3] else (),
-                  size=picture.size if keep[4] else "", position=picture.position if keep[5] else "", rng=rng)  # fmt: skip
-
-
 def random_attributes(rng: np.random.Generator, pairs: Sequence[tuple[str, str]] = PAIRS) -> Attributes:
     colour, shape = pairs[int(rng.integers(len(pairs)))]
     return complete_attributes(rng, colour, shape, 1 if rng.random() < 0.6 else int(rng.integers(2, 5)))
 
 
 def complete_attributes(rng: np.random.Generator, colour: str, shape: str, count: int) -> Attributes:
-    background = str(rng.choice(list(BACKGROUNDS)))
+    background = str(rng.choice(BACKGROUNDS))
     if count > 1:
         return Attributes(colour, shape, background, count)
-    return Attributes(colour, shape, background, 1, str(rng.choice(SIZES)), str(rng.choice(list(POSITIONS))))
+    return Attributes(colour, shape, background, 1, str(rng.choice(SIZES)), str(rng.choice(POSITIONS)))
 
 
 def random_short_edge(rng: np.random.Generator) -> int:
@@ -207,9 +133,9 @@ def make_picture(
     width, height = (short, long) if rng.random() < 0.4 else (long, short)
 
     # A background of 12 x 12 random greys blown up: gradients and blotches for the price of one resize.
-    grain = np.array(BACKGROUNDS[attributes.background]) + rng.normal(0, 7, (12, 12, 1)) + rng.normal(0, 2, (12, 12, 3))
+    grain = np.array(PAPERS[attributes.background]) + rng.normal(0, 7, (12, 12, 1)) + rng.normal(0, 2, (12, 12, 3))
     image = Image.fromarray(np.clip(grain, 0, 255).astype(np.uint8)).resize((width, height), Image.Resampling.BICUBIC)
-    ink = np.clip(np.array(COLOURS[attributes.colour]) + rng.integers(-14, 15, 3), 0, 255)
+    ink = np.clip(np.array(INKS[attributes.colour]) + rng.integers(-14, 15, 3), 0, 255)
     image.paste((int(ink[0]), int(ink[1]), int(ink[2])), mask=_mask(rng, attributes, width, height))
     return Picture(image, full_query(attributes).text, attributes)
 
@@ -238,7 +164,7 @@ def _places(rng: np.random.Generator, attributes: Attributes) -> Iterator[tuple[
             dx, dy = rng.uniform(-0.05, 0.05, 2)
             yield (0.24 if corner & 1 else -0.24) + dx, (0.24 if corner & 2 else -0.24) + dy, rng.uniform(0.12, 0.16)
         return
-    column, row = POSITIONS[attributes.position]
+    column, row = CORNERS[attributes.position]
     reach, radius = (0.25, rng.uniform(0.12, 0.16)) if attributes.size == "small" else (0.14, rng.uniform(0.25, 0.3))
     dx, dy = rng.uniform(-0.03, 0.03, 2)
     yield column * reach + dx, row * reach + dy, radius
@@ -282,6 +208,40 @@ def write_these(folder: Path, wanted: Sequence[Attributes], seed: int) -> list[R
     captions = folder.with_name(folder.name + "-captions.json")  # beside the folder: a source indexes all that is in it
     captions.write_text(json.dumps([asdict(record) for record in records], indent=1) + "\n")
     return records
+
+
+@dataclass(frozen=True)
+class Gallery:
+    """Held-out pictures on disk and what to ask about them."""
+
+    folder: Path
+    records: list[Record]
+    queries: dict[str, list[Query]]  # "seen" and "unseen": naming pairs that training drew, or never drew
+
+
+def held_out_gallery(folder: Path, seed: int = 1000) -> Gallery:
+    """Write 1,024 pictures that no training drew, sixteen of each pair of colour and shape, ten of them single shapes.
+
+    Queries are the full captions of all pictures, and all short texts of common forms that mean at least nine.
+    """
+    rng = np.random.default_rng([seed, 3])
+    counts = [1] * 10 + [2, 2, 3, 3, 4, 4]
+    wanted = [complete_attributes(rng, colour, shape, count) for count in counts for colour, shape in PAIRS]
+    records = write_these(folder, wanted, seed)
+    texts = [phrase(colour=colour, shape=shape, counts=counts) for colour, shape in PAIRS for counts in ((1,), ())]
+    for shape in SHAPES:
+        texts += [phrase(shape=shape, counts=(count,)) for count in (1, *COUNTS)]
+        texts += [phrase(shape=shape, counts=(1,), background=background) for background in BACKGROUNDS]
+        texts += [phrase(shape=shape, counts=(1,), size=size) for size in SIZES]
+    for colour in COLOURS:
+        texts += [phrase(colour=colour, counts=(count,)) for count in (1, *COUNTS)]
+        texts += [phrase(colour=colour, counts=(1,), position=position) for position in POSITIONS]
+    broad = [text for text, meant in zip(texts, relevance(texts, wanted).sum(1), strict=True) if meant >= TOP]
+    captions = [full_query(attributes) for attributes in wanted]
+    queries: dict[str, list[Query]] = {"seen": [], "unseen": []}
+    for query in captions + broad:
+        queries["unseen" if (query.colour, query.shape) in HELD_OUT_PAIRS else "seen"].append(query)
+    return Gallery(folder, records, queries)
 
 
 def main() -> None:

@@ -1,4 +1,4 @@
-"""The proof an artifact carries: pictures, texts, and what the original model makes of them. No pickle, 8 MB at 224 pixels.
+"""The proof an artifact carries: pictures, texts, what the original model makes of them. No pickle; 8 MB at 224 pixels.
 
     golden = np.load("golden/golden.npz")
     image_bytes    (total,) uint8: the encoded pictures, number i at [image_offsets[i]:image_offsets[i + 1]]

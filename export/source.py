@@ -10,7 +10,6 @@ space. Nothing here imports torch or transformers, so asking "has anything chang
 from __future__ import annotations
 
 import json
-import os
 from pathlib import Path
 from typing import Any
 
@@ -124,7 +123,6 @@ def _has(directory: Path, alternatives: list[tuple[str, ...]]) -> bool:
 
 
 def _snapshot(model: str) -> Path:
-    os.environ.setdefault("HF_HUB_DISABLE_PROGRESS_BARS", "1")
     from huggingface_hub import snapshot_download
 
     def get(patterns: list[str], *, offline: bool = False) -> Path:

@@ -5,8 +5,8 @@
 Opset 18, batch dynamic, ids int32, output float32 of unit norm; every graph is one file below 2 GB. fp32 must give the
 vectors of the Hugging Face model within 1e-5 or nothing is written; fp16 (weights and arithmetic; input, L2 norm and
 output stay float32) within 1 % of the spread of the set. A second export of an unchanged model compares file times and
-returns in 0.3 s without loading torch. On 2 cores B/32 takes 25 s of CPU, 2.5 GB of memory and 0.9 GB on disk, L/14 2 min,
-7.3 GB and 2.4 GB.
+returns in 0.3 s without loading torch. B/32 takes 25 s of CPU time, 2.5 GB of memory and 0.9 GB on disk; L/14 two
+minutes, 7.3 GB and 2.5 GB.
 """
 
 from __future__ import annotations

@@ -20,7 +20,6 @@ from engines.spec import Precision, Preprocess
 from pipeline.sources import Source
 from pipeline.store import Outcome, PendingItem, ShardInfo
 
-PICTURE_DEADLINE_S = 60.0  # the slowest readable picture of our corpus takes 3 s; past this the decoder is hung
 STOP_GRACE_S = 30.0  # one engine batch of the largest model on one slow core
 
 
@@ -102,7 +101,7 @@ class Board:
     def stopped(self) -> bool:
         return bool(self._cells[0])
 
-    def start(self, worker: int, row_id: int, deadline_s: float = PICTURE_DEADLINE_S) -> None:
+    def start(self, worker: int, row_id: int, deadline_s: float) -> None:
         self._cells[2 + 2 * worker] = time.monotonic_ns() + int(deadline_s * 1e9)
         self._cells[1 + 2 * worker] = row_id
 

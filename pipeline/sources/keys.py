@@ -2,7 +2,7 @@
 
 File names are bytes. HDF5, SQLite, JSON and Arrow want UTF-8 and refuse NUL or surrogates, so what is not valid UTF-8,
 NUL, and the escape sign itself are written as %XX; every other name stays exactly as it is (newlines and emoji too).
-Costs 0.2 us for a plain name, 2 us for one with an escape.
+Costs 0.3 us for a plain name, 4 us for one with escapes.
 """
 
 from __future__ import annotations

@@ -1,7 +1,7 @@
 """Local files, through the operating system on bytes paths: any name works, and a walk makes no object per file.
 
-Lists about 200,000 files/s of a warm cache on one core; holds the names of the folders it is in, nothing else
-(about 100 bytes per name of the largest one).
+The folder source lists 125,000 files per second of CPU time from a warm cache, half of it in the system's `stat`.
+A walk holds the names of the folders it is in, nothing else: about 100 bytes for each name of the largest one.
 """
 
 from __future__ import annotations

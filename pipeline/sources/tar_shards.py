@@ -4,7 +4,7 @@ The listing reads headers and the small members only; a picture is then one open
 share a tar without unpacking it. Compressed tars have no offsets and are refused. A tar that ends early (cut off, or
 still being written: its end mark is missing) gives the members before the break, then a `Damage`.
 
-From local disk about 25,000 members/s. A remote tar streams through once when it is listed and once when it is read.
+From local disk about 20,000 members/s. A remote tar streams through once when it is listed and once when it is read.
 """
 
 from __future__ import annotations

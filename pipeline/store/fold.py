@@ -12,6 +12,7 @@ import sqlite3
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
+from typing import TypeAlias
 
 import h5py
 import numpy as np
@@ -22,6 +23,8 @@ from pipeline.store.listing import FETCH_ROWS, Bits
 from pipeline.store.manifest import LIVE, next_id, transaction
 from pipeline.store.shards import PIECE_ROWS, Piece, ShardInfo, check_file, write_pieces
 
+Ids: TypeAlias = npt.NDArray[np.int64]
+
 SEGMENT_ROWS = 400_000
 FILES_MAX = 256  # data files of one generation
 SMALL_MAX = 32  # files of less than half a segment; more are folded. 32 new descriptors fit any limit
@@ -31,45 +34,63 @@ RUNS_MAX = 65_536  # stretches of live rows in one generation: 0.7 s to write as
 
 @dataclass(slots=True)
 class DataFile:
+    """A data file and who shows its vectors: 8 bytes a row, 800 MB at 100 M."""
+
     number: int  # shard id of the manifest
     info: ShardInfo
-    live: Bits  # per row: an input shows it
+    ids: Ids  # per row: the first input that shows it, 0 where it is dead
+    repeats: Ids  # (k, 2) row and input, ordered: further inputs with the same content
+
+    @property
+    def live(self) -> Bits:
+        return self.ids != 0
 
     @property
     def live_rows(self) -> int:
-        return int(np.count_nonzero(self.live))
+        return int(np.count_nonzero(self.ids))
 
-    def runs(self) -> npt.NDArray[np.int64]:
+    def runs(self) -> Ids:
         """(k, 2): first row and count of each stretch of live rows."""
         edges = np.flatnonzero(np.diff(self.live, prepend=False, append=False))
         return np.stack([edges[::2], edges[1::2] - edges[::2]], axis=1)
 
 
-def scan(db: sqlite3.Connection, space: int, dim: int) -> tuple[list[DataFile], int]:
-    """Every data file of a space with its live rows, and how many inputs show a vector."""
-    rows = db.execute(
+def scan(db: sqlite3.Connection, space: int, dim: int) -> list[DataFile]:
+    """Every data file of a space, with the inputs that show its rows."""
+    shards = db.execute(
         "SELECT id, name, rows, bytes, digest, offset FROM shard WHERE space = ? ORDER BY id", (space,)
     ).fetchall()
-    starts = np.cumsum([0] + [row[2] for row in rows])
-    live = np.zeros(starts[-1], np.bool_)
+    starts = np.cumsum([0] + [shard[2] for shard in shards])
     start_of = np.zeros(next_id(db, "shard"), np.int64)
-    start_of[[row[0] for row in rows]] = starts[:-1]
-    shown = 0
-    # CROSS JOIN fixes the order: walk the inputs, look the vector up by its primary key.
+    start_of[[shard[0] for shard in shards]] = starts[:-1]
+    ids = np.zeros(starts[-1], np.int64)  # over the rows of all files, one after the other
+    repeats = [np.empty((0, 2), np.int64)]
+    # CROSS JOIN fixes the order: walk the inputs by id, look the vector up by its primary key.
     cursor = db.execute(
-        "SELECT v.shard, v.row FROM input i CROSS JOIN vector v "
-        f"WHERE v.content_hash = i.content_hash AND v.space = ? AND {LIVE}",
+        "SELECT v.shard, v.row, i.id FROM input i CROSS JOIN vector v "
+        f"WHERE v.content_hash = i.content_hash AND v.space = ? AND {LIVE} ORDER BY i.id",
         (space,),
     )
     while part := cursor.fetchmany(FETCH_ROWS):
-        shown += len(part)
-        places = np.array(part, np.int64)
-        live[start_of[places[:, 0]] + places[:, 1]] = True
-    files = [
-        DataFile(number, ShardInfo(name, count, dim, size, digest, offset), live[start : start + count])
-        for (number, name, count, size, digest, offset), start in zip(rows, starts, strict=False)
+        shard, row, shows = np.array(part, np.int64).T
+        place = start_of[shard] + row
+        first = np.zeros(len(part), np.bool_)
+        first[np.unique(place, return_index=True)[1]] = True
+        first &= ids[place] == 0
+        ids[place[first]] = shows[first]
+        repeats.append(np.stack([place[~first], shows[~first]], axis=1))
+    again = np.concatenate(repeats)
+    again = again[np.lexsort((again[:, 1], again[:, 0]))]
+    cuts = np.searchsorted(again[:, 0], starts)
+    return [
+        DataFile(
+            number,
+            ShardInfo(name, rows, dim, size, digest, offset),
+            ids[starts[at] : starts[at + 1]],
+            again[cuts[at] : cuts[at + 1]] - [starts[at], 0],
+        )
+        for at, (number, name, rows, size, digest, offset) in enumerate(shards)
     ]
-    return files, shown
 
 
 def plan(files: Sequence[DataFile]) -> list[list[DataFile]]:
@@ -134,7 +155,14 @@ def fold(db: sqlite3.Connection, out: Path, space: int, name: str, group: Sequen
                 )
             start += file.live_rows
             db.execute("DELETE FROM shard WHERE id = ?", (file.number,))
-    return None if info is None else DataFile(number, info, np.ones(rows, np.bool_))
+    if info is None:
+        return None
+    starts = np.cumsum([0] + [file.live_rows for file in group])
+    repeats = [
+        np.stack([np.cumsum(file.live)[file.repeats[:, 0]] - 1 + start, file.repeats[:, 1]], axis=1)
+        for file, start in zip(group, starts, strict=False)
+    ]
+    return DataFile(number, info, np.concatenate([file.ids[file.live] for file in group]), np.concatenate(repeats))
 
 
 def register(db: sqlite3.Connection, space: int, info: ShardInfo) -> int:
@@ -159,6 +187,6 @@ def live_pieces(out: Path, source: DataFile) -> Iterator[Piece]:
     with h5py.File(out / source.info.name, "r", locking=False) as file:
         for start in range(0, source.info.rows, PIECE_ROWS):
             piece = slice(start, start + PIECE_ROWS)
-            live = source.live[piece]
+            live = source.ids[piece] != 0
             if live.any():
                 yield file["embeddings"][piece][live], file["id"][piece][live], file["content_hash"][piece][live]

@@ -80,6 +80,7 @@ class _Disk:
         want = len(buffer)
         found = os.pread(self._file.fileno(), want, self._at)
         buffer[: len(found)] = found
+        buffer[len(found) :] = bytes(want - len(found))
         for start, content in self._unwritten:
             first, last = max(start, self._at), min(start + len(content), self._at + want)
             if first < last:

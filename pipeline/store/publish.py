@@ -48,7 +48,7 @@ def publish(
         switch(out, last[0])  # a crash may have come between writing it and switching to it
         return int(last[0])
 
-    files, rows = scan(db, space_number, dim)
+    files = scan(db, space_number, dim)
     stale: list[str] = []
     for group in plan(files):
         segment = fold(db, out, space_number, name, group)
@@ -57,7 +57,7 @@ def publish(
     files = [file for file in files if file.live_rows]
     assert len(files) < FILES_MAX, f"{len(files)} data files and index.h5, a generation may name {FILES_MAX}"
     number = next_id(db, "generation")
-    head = {"schema": GENERATION_SCHEMA, "number": number, "space": name, "dim": dim, "rows": rows}
+    head = {"schema": GENERATION_SCHEMA, "number": number, "space": name, "dim": dim}
     named = write_generation(db, out, space_number, head, files, {"spec": dict(spec), "extra": dict(extra)})
     with transaction(db):
         db.execute(
@@ -91,13 +91,14 @@ def write_generation(
     for kind in DATA_FOLDERS:
         (draft / kind).symlink_to(f"../../{kind}")
     index = draft / "index.h5"
-    repeated, offset = table.write(index, db, out, space, head["dim"], files, head["rows"])
+    rows, repeated, offset = table.write(index, db, out, space, head["dim"], files)
     own = ShardInfo(
         f"generations/{home.name}/index.h5", repeated, head["dim"], index.stat().st_size, digest_file(index), offset
     )
     sources = db.execute("SELECT id, kind, root, options FROM source ORDER BY id")
     content = {
         **head,
+        "rows": rows,
         "sources": [
             {"id": number, "kind": kind, "root": root, "options": json.loads(options)}
             for number, kind, root, options in sources
