@@ -116,7 +116,9 @@ def spread_error(got_nd: npt.NDArray[Any], want_nd: npt.NDArray[Any]) -> float:
         raise ValueError(f"golden set: need two equal (n >= 2, d) sets, got {got.shape}, wanted {want.shape}")
     spread = np.linalg.norm(want - want.mean(axis=0), axis=1).mean()
     if not spread > 0:
-        raise ValueError("golden set: all wanted vectors are equal, so nothing can be told apart; export again")
+        raise ValueError(
+            f"golden set: the wanted vectors have a spread of {spread}, so nothing can be told apart"
+        )
     return float(np.linalg.norm(got - want, axis=1).mean() / spread)
 
 

@@ -171,7 +171,7 @@ def find_artifact(model: str, root: Path | None = None) -> Artifact:
     matching = [a for a in found if a.spec.model == wanted]
     if not matching:
         have = ", ".join(sorted({a.spec.model for a in found})) or "none"
-        raise ArtifactMissing(f"no artifact for model {model!r} in {root} (there: {have}). Run: make engines MODEL={model}")
+        raise ArtifactMissing(f"no artifact for {model!r} in {root} (there: {have}). Run: make engines MODEL={model}")
     return max(matching, key=lambda a: (a.path / "spec.json").stat().st_mtime_ns)
 
 

@@ -60,13 +60,6 @@ class Query:
     size: str = ""
     position: str = ""
 
-    def means(self, picture: Attributes) -> bool:
-        named = (self.colour, self.shape, self.background, self.size, self.position)
-        shown = (picture.colour, picture.shape, picture.background, picture.size, picture.position)
-        return all(want in ("", have) for want, have in zip(named, shown, strict=True)) and (
-            not self.counts or picture.count in self.counts
-        )
-
 
 def phrase(
     *, colour: str = "", shape: str = "", background: str = "", counts: tuple[int, ...] = (), size: str = "",
@@ -109,14 +102,26 @@ def short_query(picture: Attributes, rng: np.random.Generator) -> Query:
     if not keep[:2].any():
         keep[:2] = True
     several = (2, 3, 4) if picture.count > 1 and rng.random() < 0.3 else (picture.count,)
-    return phrase(colour=picture.colour if keep[0] else "", shape=picture.shape if keep[1] else "",
-                  background=picture.background if keep[2] else "", counts=several if keep[3] else (),
-                  size=picture.size if keep[4] else "", position=picture.position if keep[5] else "", rng=rng)  # fmt: skip
+    return phrase(
+        colour=picture.colour if keep[0] else "",
+        shape=picture.shape if keep[1] else "",
+        background=picture.background if keep[2] else "",
+        counts=several if keep[3] else (),
+        size=picture.size if keep[4] else "",
+        position=picture.position if keep[5] else "",
+        rng=rng,
+    )
 
 
 def relevance(queries: Sequence[Query], pictures: Sequence[Attributes]) -> npt.NDArray[np.bool_]:
     """(q, n): does query q mean picture n?"""
-    return np.array([[query.means(picture) for picture in pictures] for query in queries], dtype=np.bool_)
+    meant = np.ones((len(queries), len(pictures)), np.bool_)
+    for name in ("colour", "shape", "background", "size", "position"):
+        want = np.array([getattr(query, name) for query in queries])[:, None]
+        meant &= (want == "") | (want == np.array([getattr(picture, name) for picture in pictures]))
+    allowed = np.array([sum(1 << count for count in query.counts) for query in queries])[:, None]  # one bit per count
+    meant &= (allowed == 0) | (allowed >> np.array([picture.count for picture in pictures]) & 1 == 1)
+    return meant
 
 
 def retrieval_scores(
@@ -132,7 +137,7 @@ def retrieval_scores(
     meant = relevant.sum(1)
     narrow, broad = (meant > 0) & (meant < TOP), meant >= TOP
     if not (narrow.any() and broad.any()):
-        raise ValueError(f"{narrow.sum()} texts mean 1 to 8 pictures and {broad.sum()} mean 9 or more; need some of both")
+        raise ValueError(f"{narrow.sum()} texts mean 1 to 8 pictures, {broad.sum()} mean 9 or more; expected some of both")
     cosine = text_emb_qd.astype(np.float32) @ image_emb_nd.astype(np.float32).T
     best = np.argsort(-cosine, axis=1, kind="stable")[:, :TOP]
     found = np.take_along_axis(relevant, best, axis=1)

@@ -25,6 +25,7 @@ from collections import Counter
 from collections.abc import Sequence
 from concurrent.futures import ProcessPoolExecutor
 from dataclasses import dataclass
+from itertools import pairwise
 from multiprocessing import get_context
 from pathlib import Path
 from typing import Any
@@ -59,7 +60,7 @@ log = logging.getLogger(__name__)
 START, END = "<|startoftext|>", "<|endoftext|>"
 MEAN = (0.48145466, 0.4578275, 0.40821073)
 STD = (0.26862954, 0.26130258, 0.27577711)
-IMAGE_SIZE, PATCH, CONTEXT, DIM = 64, 8, 32, 64
+IMAGE_SIZE, PATCH, CONTEXT, DIM = 64, 16, 32, 64
 STEPS, BATCH, POOL = 700, 192, 24_000
 
 
@@ -87,7 +88,7 @@ def learn_merges(words: Sequence[str]) -> list[tuple[str, str]]:
     """Byte-pair merges, the most frequent pair first, until every word is one token."""
     spelled = [[*word[:-1], word[-1] + "</w>"] for word in words]
     merges: list[tuple[str, str]] = []
-    while pairs := Counter(pair for parts in spelled for pair in zip(parts, parts[1:], strict=False)):
+    while pairs := Counter(pair for parts in spelled for pair in pairwise(parts)):
         left, right = min(pairs, key=lambda pair: (-pairs[pair], pair))
         merges.append((left, right))
         for parts in spelled:
@@ -222,7 +223,7 @@ def train(model: CLIPModel, tokenizer: Any, pool: Pool, *, steps: int, batch: in
         scale = model.logit_scale.exp().clamp(max=100)
         loss = contrastive_loss(output.image_embeds, output.text_embeds, scale, relevance(queries, shown))
         optimiser.zero_grad(set_to_none=True)
-        loss.backward()
+        torch.autograd.backward(loss)
         torch.nn.utils.clip_grad_norm_(model.parameters(), 1.0)
         optimiser.step()
         losses.append(float(loss.detach()))

@@ -5,8 +5,8 @@
 writes a folder source, `pictures/<colour>-<shape>/<nnnn>.jpg`, and `pictures-captions.json` beside it. A picture shows
 one to four equal shapes; everything drawn lies in the central square, so that a centre crop never cuts it off.
 
-The same seed gives the same bytes with the same Pillow. Trade-off: flat shapes on grainy backgrounds teach nothing about
-photos, but cost 3 ms each and their truth is known: which pictures a text means is computed, never judged.
+The same seed gives the same bytes with the same Pillow. Trade-off: flat shapes on grainy backgrounds teach nothing
+about photos, but cost 3 ms each and what they show is known exactly.
 Needs numpy and Pillow only.
 """
 

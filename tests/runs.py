@@ -7,6 +7,7 @@ import os
 import sqlite3
 import subprocess
 import sys
+import tempfile
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -20,6 +21,7 @@ class Ran:
     code: int
     stdout: str
     stderr: str
+    peak_rss_mb: float = 0.0  # the largest process: a lane, or the coordinator
 
     @property
     def report(self) -> dict[str, Any]:
@@ -29,11 +31,17 @@ class Ran:
 
 
 def run_module(module: str, *args: object, env: dict[str, str] | None = None, cwd: Path | None = None) -> Ran:
-    done = subprocess.run(
-        [sys.executable, "-m", module, *map(str, args)], capture_output=True, text=True, timeout=300, cwd=cwd,
-        env={**os.environ, **(env or {})}, check=False,
-    )
-    return Ran(done.returncode, done.stdout, done.stderr)
+    with tempfile.TemporaryFile("w+") as stdout, tempfile.TemporaryFile("w+") as stderr:
+        child = subprocess.Popen(
+            [sys.executable, "-m", module, *map(str, args)], stdout=stdout, stderr=stderr, cwd=cwd,
+            env={**os.environ, **(env or {})},
+        )
+        # wait4 gives the peak of this child and of the lanes it has waited for; nothing else does
+        _, status, usage = os.wait4(child.pid, 0)
+        child.returncode = os.waitstatus_to_exitcode(status)
+        stdout.seek(0)
+        stderr.seek(0)
+        return Ran(child.returncode, stdout.read(), stderr.read(), usage.ru_maxrss / 1024)
 
 
 def index(root: Path, out: Path, *args: object, source: str = "folder", env: dict[str, str] | None = None) -> Ran:

@@ -43,7 +43,8 @@ class DataFile:
 
     @property
     def live(self) -> Bits:
-        return self.ids != 0
+        live: Bits = self.ids != 0
+        return live
 
     @property
     def live_rows(self) -> int:
@@ -55,8 +56,8 @@ class DataFile:
         return np.stack([edges[::2], edges[1::2] - edges[::2]], axis=1)
 
 
-def scan(db: sqlite3.Connection, space: int, dim: int) -> list[DataFile]:
-    """Every data file of a space, with the inputs that show its rows."""
+def scan(db: sqlite3.Connection, space: int, dim: int) -> tuple[list[DataFile], dict[int, str]]:
+    """Every data file of a space with the inputs that show its rows; and the marks of the few that have one."""
     shards = db.execute(
         "SELECT id, name, rows, bytes, digest, offset FROM shard WHERE space = ? ORDER BY id", (space,)
     ).fetchall()
@@ -65,15 +66,18 @@ def scan(db: sqlite3.Connection, space: int, dim: int) -> list[DataFile]:
     start_of[[shard[0] for shard in shards]] = starts[:-1]
     ids = np.zeros(starts[-1], np.int64)  # over the rows of all files, one after the other
     repeats = [np.empty((0, 2), np.int64)]
+    marks: dict[int, str] = {}
     # CROSS JOIN fixes the order: walk the inputs by id, look the vector up by its primary key.
     cursor = db.execute(
-        "SELECT v.shard, v.row, i.id FROM input i CROSS JOIN vector v "
+        "SELECT v.shard, v.row, i.id, v.mark FROM input i CROSS JOIN vector v "
         f"WHERE v.content_hash = i.content_hash AND v.space = ? AND {LIVE} ORDER BY i.id",
         (space,),
     )
     while part := cursor.fetchmany(FETCH_ROWS):
-        shard, row, shows = np.array(part, np.int64).T
-        place = start_of[shard] + row
+        shard_of, row_of, id_of, mark_of = zip(*part, strict=True)
+        marks.update((number, mark) for number, mark in zip(id_of, mark_of, strict=True) if mark)
+        place = start_of[np.array(shard_of)] + np.array(row_of)
+        shows = np.array(id_of, np.int64)
         first = np.zeros(len(part), np.bool_)
         first[np.unique(place, return_index=True)[1]] = True
         first &= ids[place] == 0
@@ -82,7 +86,7 @@ def scan(db: sqlite3.Connection, space: int, dim: int) -> list[DataFile]:
     again = np.concatenate(repeats)
     again = again[np.lexsort((again[:, 1], again[:, 0]))]
     cuts = np.searchsorted(again[:, 0], starts)
-    return [
+    files = [
         DataFile(
             number,
             ShardInfo(name, rows, dim, size, digest, offset),
@@ -91,6 +95,7 @@ def scan(db: sqlite3.Connection, space: int, dim: int) -> list[DataFile]:
         )
         for at, (number, name, rows, size, digest, offset) in enumerate(shards)
     ]
+    return files, marks
 
 
 def plan(files: Sequence[DataFile]) -> list[list[DataFile]]:

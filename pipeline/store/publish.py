@@ -48,7 +48,7 @@ def publish(
         switch(out, last[0])  # a crash may have come between writing it and switching to it
         return int(last[0])
 
-    files = scan(db, space_number, dim)
+    files, marks = scan(db, space_number, dim)
     stale: list[str] = []
     for group in plan(files):
         segment = fold(db, out, space_number, name, group)
@@ -58,7 +58,7 @@ def publish(
     assert len(files) < FILES_MAX, f"{len(files)} data files and index.h5, a generation may name {FILES_MAX}"
     number = next_id(db, "generation")
     head = {"schema": GENERATION_SCHEMA, "number": number, "space": name, "dim": dim}
-    named = write_generation(db, out, space_number, head, files, {"spec": dict(spec), "extra": dict(extra)})
+    named = write_generation(db, out, head, files, marks, {"spec": dict(spec), "extra": dict(extra)})
     with transaction(db):
         db.execute(
             "INSERT INTO generation(number, space, state, files) VALUES (?, ?, ?, ?)",
@@ -76,9 +76,9 @@ def folder(out: Path, number: int) -> Path:
 def write_generation(
     db: sqlite3.Connection,
     out: Path,
-    space: int,
     head: dict[str, Any],
     files: Sequence[DataFile],
+    marks: Mapping[int, str],
     tail: dict[str, Any],
 ) -> list[str]:
     """Write the folder under a temporary name, make it durable, name it. Returns the data files it needs."""
@@ -91,7 +91,7 @@ def write_generation(
     for kind in DATA_FOLDERS:
         (draft / kind).symlink_to(f"../../{kind}")
     index = draft / "index.h5"
-    rows, repeated, offset = table.write(index, db, out, space, head["dim"], files)
+    rows, repeated, offset = table.write(index, db, out, head["dim"], files, marks)
     own = ShardInfo(
         f"generations/{home.name}/index.h5", repeated, head["dim"], index.stat().st_size, digest_file(index), offset
     )

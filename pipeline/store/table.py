@@ -28,9 +28,8 @@ RUNS_PER_MAPPING = 128
 
 SAFE_TEXT = b"ABCDEFGHIJKLMNOPQRSTUVWXYZabcdefghijklmnopqrstuvwxyz0123456789/_.-~ :,()+=@"
 _ROWS = """
-    SELECT i.id, i.key, i.content_hash, v.mark, i.scope, i.locator, i.size, m.json
-    FROM input i CROSS JOIN vector v ON v.content_hash = i.content_hash AND v.space = ?
-    LEFT JOIN metadata m ON m.meta_hash = i.meta_hash WHERE i.id IN (?*)"""
+    SELECT i.id, i.key, i.content_hash, i.scope, i.locator, i.size, m.json
+    FROM input i LEFT JOIN metadata m ON m.meta_hash = i.meta_hash WHERE i.id IN (?*)"""
 _KINDS = """
     SELECT e.key, e.type FROM input i CROSS JOIN metadata m ON m.meta_hash = i.meta_hash, json_each(m.json) e
     WHERE i.id IN (?*)"""
@@ -70,13 +69,13 @@ def column_path(name: str) -> str:
 
 
 def write(
-    path: Path, db: sqlite3.Connection, out: Path, space: int, dim: int, files: Sequence[DataFile]
+    path: Path, db: sqlite3.Connection, out: Path, dim: int, files: Sequence[DataFile], marks: Mapping[int, str]
 ) -> tuple[int, int, int]:
     """Write index.h5. Returns its rows, how many vectors it repeats, and their offset in it."""
     firsts = sum(file.live_rows for file in files)
     rows = firsts + sum(len(file.repeats) for file in files)
     with new_h5(path) as (h5, check):
-        table = _Table(h5, db, space, rows, _columns(db, files, rows))
+        table = _Table(h5, db, rows, _columns(db, files), marks)
         for file in files:
             table.append(file.ids[file.live])
             check()
@@ -98,7 +97,7 @@ def _pieces(ids: Ids) -> Iterator[list[int]]:
         yield ids[start : start + PIECE_ROWS].tolist()
 
 
-def _columns(db: sqlite3.Connection, files: Sequence[DataFile], rows: int) -> list[Column]:
+def _columns(db: sqlite3.Connection, files: Sequence[DataFile]) -> list[Column]:
     columns: dict[str, Column] = {}
     if not db.execute("SELECT 1 FROM metadata LIMIT 1").fetchone():
         return []
@@ -113,8 +112,10 @@ def _columns(db: sqlite3.Connection, files: Sequence[DataFile], rows: int) -> li
 class _Table:
     """Every column of index.h5 but the vectors, filled from the manifest row by row."""
 
-    def __init__(self, h5: h5py.File, db: sqlite3.Connection, space: int, rows: int, columns: Sequence[Column]) -> None:
-        self._db, self._space, self._metadata, self.at = db, space, columns, 0
+    def __init__(
+        self, h5: h5py.File, db: sqlite3.Connection, rows: int, columns: Sequence[Column], marks: Mapping[int, str]
+    ) -> None:
+        self._h5, self._db, self._metadata, self._marks, self.at = h5, db, columns, marks, 0
         for name in ("key", "mark", "locator"):
             h5.create_dataset(name, (rows,), h5py.string_dtype())
         h5.create_dataset("id", (rows,), "<i8")
@@ -124,22 +125,21 @@ class _Table:
         group = h5.create_group("metadata")
         for column in columns:
             column.create(group, rows)
-        self._h5 = h5
 
     def append(self, ids: Ids) -> None:
         for piece in _pieces(ids):
-            found = {row[0]: row for row in select_in(self._db, _ROWS, (self._space,), piece)}
+            found = {row[0]: row for row in select_in(self._db, _ROWS, (), piece)}
             self._write(slice(self.at, self.at + len(piece)), [found[number] for number in piece])
             self.at += len(piece)
 
     def _write(self, part: slice, records: Sequence[tuple[Any, ...]]) -> None:
         h5 = self._h5
-        ids, keys, hashes, marks, sources, locators, sizes, packed = zip(*records, strict=True)
+        ids, keys, hashes, sources, locators, sizes, packed = zip(*records, strict=True)
         h5["id"][part], h5["source"][part], h5["size_bytes"][part] = ids, sources, sizes
         h5["key"][part] = list(keys)
         h5["content_hash"][part] = np.frombuffer(b"".join(hashes), np.uint8).reshape(-1, DIGEST_BYTES)
-        if any(marks):  # few are marked, and what is not written reads as ""
-            h5["mark"][part] = list(marks)
+        if not self._marks.keys().isdisjoint(ids):  # few are marked, and what is not written reads as ""
+            h5["mark"][part] = [self._marks.get(number, "") for number in ids]
         h5["locator"][part] = [_quoted(locator) for locator in locators]
         if self._metadata:
             unpacked = [json.loads(text) if text else {} for text in packed]

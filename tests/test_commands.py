@@ -1,0 +1,135 @@
+"""What a user types: the two literal commands chain, errors are one line with a remedy, flags change only on purpose."""
+
+from __future__ import annotations
+
+import json
+import os
+import shutil
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+from PIL import Image
+from pictures import noisy_jpeg, write_folder
+from pipeline.config import index_parser, search_parser
+from runs import index, run_module
+
+ROOT = Path(__file__).resolve().parents[1]
+
+
+def flags(parser: object) -> set[str]:
+    return {option for action in parser._actions for option in action.option_strings}  # type: ignore[attr-defined]
+
+
+def test_flags_change_only_on_purpose() -> None:
+    assert flags(index_parser()) == {
+        "-h", "--help", "--source", "--root", "--split", "--download", "--model", "--out", "--devices", "--runtime",
+        "--precision", "--max-quarantined", "--max-deleted", "--json",
+    }
+    assert flags(search_parser()) == {
+        "-h", "--help", "--image", "--out", "-k", "--threshold", "--template", "--grid", "--json", "--model",
+    }
+
+
+@pytest.mark.parametrize("module", ["pipeline.index", "pipeline.search", "engines.build", "export"])
+def test_help_has_examples(module: str) -> None:
+    ran = run_module(module, "--help")
+    assert ran.code == 0
+    assert "example" in ran.stdout
+    assert "Traceback" not in ran.stderr
+
+
+def test_make_engines_then_index_then_search(tmp_path: Path) -> None:
+    """The user's literal commands, with NIGHTJAR_MODEL and only the root given; the source is found in the default place."""
+    split = tmp_path / "birds" / "train_mini"
+    for number, species in enumerate(("00001_Animalia_Chordata_Aves_Order_Family_Genus_first",
+                                      "00002_Animalia_Chordata_Aves_Order_Family_Genus_second")):
+        (split / species).mkdir(parents=True)
+        for row in range(3):
+            (split / species / f"{row}.jpg").write_bytes(noisy_jpeg(10 * number + row))
+    assert run_module("export", "random", "--arch", "tiny", tmp_path / "model").code == 0
+    env = {**os.environ, "NIGHTJAR_MODEL": str(tmp_path / "model"), "NIGHTJAR_ARTIFACTS": str(tmp_path / "artifacts")}
+    make = ["make", "-C", str(ROOT), "engines", "RUNTIME=ort-cpu", f"RUN={sys.executable}", f"VENV={Path(sys.prefix)}"]
+    made = subprocess.run(make, env=env, capture_output=True, text=True, check=False)
+    assert made.returncode == 0, made.stderr
+    assert "vision" in made.stdout
+    again = subprocess.run(make, env=env, capture_output=True, text=True, check=False)
+    assert "nothing changed" in again.stdout + again.stderr
+    ran = run_module("pipeline.index", "--source", "inat2021", "--root", tmp_path / "birds", env=env, cwd=tmp_path)
+    assert ran.code == 0, ran.stderr
+    assert ran.report["embedded"] == 6
+    found = run_module("pipeline.search", "a bird", "--grid", tmp_path / "nine.png", "--json", env=env, cwd=tmp_path)
+    assert found.code == 0, found.stderr
+    hits = json.loads(found.stdout)["hits"]
+    assert len(hits) == 6
+    assert [hit["score"] for hit in hits] == sorted((hit["score"] for hit in hits), reverse=True)
+    with Image.open(tmp_path / "nine.png") as sheet:
+        assert sheet.width > 700
+
+
+@pytest.mark.parametrize(
+    ("args", "words"),
+    [
+        (["--source", "folder"], "--root"),
+        (["--source", "folder", "--root", "/nowhere/at/all"], "/nowhere/at/all"),
+        (["--source", "inat2021", "--root", "/nowhere/at/all"], "--download"),
+        (["--source", "folder", "--root", ".", "--model", "no/such-model"], "make engines MODEL=no/such-model"),
+        (["--source", "folder", "--root", ".", "--devices", "gpu:0"], "--devices"),
+        (["--source", "folder", "--root", ".", "--split", "val"], "--split"),
+        (["--source", "folder", "--root", ".", "--max-deleted", "120"], "120"),
+    ],
+)
+def test_usage_errors_are_one_line_with_the_remedy(
+    args: list[str], words: str, tiny_model: Path, tmp_path: Path
+) -> None:
+    env = {"NIGHTJAR_MODEL": str(tiny_model)}
+    ran = run_module("pipeline.index", *args, "--out", tmp_path / "index", env=env)
+    assert ran.code == 2
+    assert "Traceback" not in ran.stderr
+    assert words in ran.report["error"]
+    assert "\n" not in ran.report["error"]
+    assert not (tmp_path / "index").exists()
+
+
+def test_a_named_runtime_that_was_not_built_is_an_error(tiny_model: Path, tmp_path: Path) -> None:
+    write_folder(tmp_path / "photos", 2)
+    ran = index(tmp_path / "photos", tmp_path / "index", "--model", tiny_model, "--runtime", "aoti-cpu")
+    assert ran.code != 0
+    assert "make engines" in ran.report["error"]
+
+
+def test_many_newly_quarantined_is_exit_3_once(tiny_model: Path, tmp_path: Path) -> None:
+    write_folder(tmp_path / "photos", 3)
+    for number in range(2):
+        (tmp_path / "photos" / f"bad{number}.jpg").write_bytes(b"\xff\xd8 no picture")
+    args = ("--model", tiny_model, "--max-quarantined", 1)
+    assert index(tmp_path / "photos", tmp_path / "index", *args).code == 3
+    assert index(tmp_path / "photos", tmp_path / "index", *args).code == 0, "known bad files are not news"
+
+
+def test_a_text_query_imports_no_torch(tiny_model: Path, tmp_path: Path) -> None:
+    write_folder(tmp_path / "photos", 4)
+    index(tmp_path / "photos", tmp_path / "index", "--model", tiny_model)
+    script = (
+        "import sys; from pipeline.search import main; "
+        f"code = main(['words', '--out', {str(tmp_path / 'index')!r}]); "
+        "assert 'torch' not in sys.modules; sys.exit(code)"
+    )
+    done = subprocess.run([sys.executable, "-c", script], capture_output=True, text=True, check=False)
+    assert done.returncode == 0, done.stderr
+
+
+def test_search_by_picture_finds_the_picture(tiny_model: Path, tmp_path: Path) -> None:
+    paths = write_folder(tmp_path / "photos", 12)
+    index(tmp_path / "photos", tmp_path / "index", "--model", tiny_model)
+    query = tmp_path / "query.jpg"
+    shutil.copyfile(paths[5], query)
+    ran = run_module("pipeline.search", "--image", query, "--out", tmp_path / "index", "-k", 3, "--json")
+    assert ran.code == 0, ran.stderr
+    best = json.loads(ran.stdout)["hits"][0]
+    assert best["key"] == "odd/00005.jpg"
+    assert best["score"] > 0.999
+    none = run_module("pipeline.search", "--image", query, "--out", tmp_path / "index", "--threshold", 1.5)
+    assert none.code == 0
+    assert "nothing" in none.stdout

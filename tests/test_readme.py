@@ -1,0 +1,25 @@
+"""The README is true: its tree is the tree on disk, its commands exist."""
+
+from __future__ import annotations
+
+import re
+import subprocess
+from pathlib import Path
+
+ROOT = Path(__file__).resolve().parents[1]
+README = (ROOT / "README.md").read_text()
+
+
+def test_tree_matches_the_disk() -> None:
+    block = README.split("## The tree")[1].split("```")[1]
+    listed = {line.split()[0] for line in block.strip().splitlines()}
+    tracked = subprocess.run(["git", "ls-files"], cwd=ROOT, capture_output=True, text=True, check=True).stdout.split("\n")
+    code = {path for path in tracked if path.endswith(".py") and not path.endswith("__init__.py")}
+    on_disk = {path for path in code if not path.startswith("tests/")} | {"tests/"}
+    assert listed == on_disk
+
+
+def test_make_targets_exist() -> None:
+    targets = set(re.findall(r"^([a-z-]+):", (ROOT / "Makefile").read_text(), re.MULTILINE))
+    named = set(re.findall(r"`?make ([a-z-]+)", README))
+    assert named <= targets
