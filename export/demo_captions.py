@@ -137,7 +137,7 @@ def retrieval_scores(
     meant = relevant.sum(1)
     narrow, broad = (meant > 0) & (meant < TOP), meant >= TOP
     if not (narrow.any() and broad.any()):
-        raise ValueError(f"{narrow.sum()} texts mean 1 to 8 pictures, {broad.sum()} mean 9 or more; expected some of both")
+        raise ValueError(f"{narrow.sum()} texts mean 1 to 8 pictures, {broad.sum()} mean 9 or more; give some of both")
     cosine = text_emb_qd.astype(np.float32) @ image_emb_nd.astype(np.float32).T
     best = np.argsort(-cosine, axis=1, kind="stable")[:, :TOP]
     found = np.take_along_axis(relevant, best, axis=1)

@@ -35,7 +35,6 @@ import numpy.typing as npt
 import torch
 from PIL import Image
 from torch.nn import functional as F
-from transformers import CLIPConfig, CLIPImageProcessor, CLIPModel, CLIPTokenizer
 
 from export.demo_captions import (
     BACKGROUNDS,
@@ -54,25 +53,16 @@ from export.demo_captions import (
     short_query,
 )
 from export.demo_pictures import encode_picture, held_out_gallery, make_picture, random_attributes
+from export.random_model import CLIP_MEAN, CLIP_STD, END, START, byte_vocab
+from export.source import quiet_transformers
 
 log = logging.getLogger(__name__)
 
-START, END = "<|startoftext|>", "<|endoftext|>"
-MEAN = (0.48145466, 0.4578275, 0.40821073)
-STD = (0.26862954, 0.26130258, 0.27577711)
 IMAGE_SIZE, PATCH, CONTEXT, DIM = 64, 16, 32, 64
 STEPS, BATCH, POOL = 700, 192, 24_000
 
 
 # --- tokenizer ---------------------------------------------------------------------------------------------------
-
-
-def byte_letters() -> list[str]:
-    """One printable letter per byte value, as byte-level BPE spells bytes: printable ones are themselves."""
-    plain = [*range(33, 127), *range(161, 173), *range(174, 256)]
-    spelled = {byte: chr(byte) for byte in plain}
-    others = [byte for byte in range(256) if byte not in spelled]
-    return [(spelled | {byte: chr(256 + i) for i, byte in enumerate(others)})[byte] for byte in [*plain, *others]]
 
 
 def demo_words() -> list[str]:
@@ -100,21 +90,17 @@ def learn_merges(words: Sequence[str]) -> list[tuple[str, str]]:
     return merges
 
 
-def write_tokenizer(folder: Path) -> CLIPTokenizer:
-    """vocab.json and merges.txt in the published layout, and what `transformers` derives from them."""
+def write_tokenizer(folder: Path) -> Any:
+    """vocab.json and merges.txt as CLIP has them, and what `transformers` derives from them."""
     merges = learn_merges(demo_words())
-    letters = byte_letters()
-    tokens = [*letters, *(letter + "</w>" for letter in letters), *("".join(pair) for pair in merges), START, END]
-    vocabulary = {token: i for i, token in enumerate(tokens)}  # the end token is last: both pooling rules find it
-    if len(vocabulary) != len(tokens):
-        raise AssertionError(f"{len(tokens) - len(vocabulary)} tokens are in the vocabulary twice")
+    vocabulary = byte_vocab(merges)  # the end token is the last: both pooling rules of the text tower find it
     folder.mkdir(parents=True, exist_ok=True)
     (folder / "vocab.json").write_text(json.dumps(vocabulary, ensure_ascii=False), encoding="utf-8")
     lines = ["#version: 0.2", *(" ".join(pair) for pair in merges)]
     (folder / "merges.txt").write_text("\n".join(lines) + "\n", encoding="utf-8")
     special = {"bos_token": START, "eos_token": END, "unk_token": END, "pad_token": END}
     (folder / "special_tokens_map.json").write_text(json.dumps(special, indent=2) + "\n")
-    tokenizer = CLIPTokenizer(vocabulary, list(merges), model_max_length=CONTEXT)
+    tokenizer = quiet_transformers().CLIPTokenizer(vocab=vocabulary, merges=merges, model_max_length=CONTEXT)
     tokenizer.save_pretrained(folder)
     return tokenizer
 
@@ -122,7 +108,8 @@ def write_tokenizer(folder: Path) -> CLIPTokenizer:
 # --- model -------------------------------------------------------------------------------------------------------
 
 
-def new_model(vocabulary_size: int) -> CLIPModel:
+def new_model(vocabulary_size: int) -> Any:
+    transformers = quiet_transformers()
     end = vocabulary_size - 1
     tower = {"projection_dim": DIM, "hidden_act": "quick_gelu"}
     text = {"vocab_size": vocabulary_size, "hidden_size": 64, "intermediate_size": 256, "num_hidden_layers": 2,
@@ -130,12 +117,17 @@ def new_model(vocabulary_size: int) -> CLIPModel:
             "eos_token_id": end, "pad_token_id": end, **tower}  # fmt: skip
     vision = {"hidden_size": 128, "intermediate_size": 384, "num_hidden_layers": 4, "num_attention_heads": 4,
               "image_size": IMAGE_SIZE, "patch_size": PATCH, **tower}  # fmt: skip
-    return CLIPModel(CLIPConfig(text_config=text, vision_config=vision, projection_dim=DIM))
+    return transformers.CLIPModel(transformers.CLIPConfig(text_config=text, vision_config=vision, projection_dim=DIM))
 
 
-def image_processor() -> CLIPImageProcessor:
-    return CLIPImageProcessor(size={"shortest_edge": IMAGE_SIZE}, crop_size={"height": IMAGE_SIZE, "width": IMAGE_SIZE},
-                              resample=3, image_mean=list(MEAN), image_std=list(STD))  # fmt: skip
+def image_processor() -> Any:
+    return quiet_transformers().CLIPImageProcessor(
+        size={"shortest_edge": IMAGE_SIZE},
+        crop_size={"height": IMAGE_SIZE, "width": IMAGE_SIZE},
+        resample=Image.Resampling.BICUBIC,
+        image_mean=list(CLIP_MEAN),
+        image_std=list(CLIP_STD),
+    )
 
 
 # --- training ----------------------------------------------------------------------------------------------------
@@ -182,7 +174,7 @@ def draw_pool(size: int, seed: int, workers: int = 2) -> Pool:
 
 
 def normalise(pixels: npt.NDArray[np.uint8]) -> torch.Tensor:
-    mean, std = (torch.tensor(values).view(3, 1, 1) for values in (MEAN, STD))
+    mean, std = (torch.tensor(values).view(3, 1, 1) for values in (CLIP_MEAN, CLIP_STD))
     return (torch.from_numpy(pixels).float() / 255 - mean) / std
 
 
@@ -192,17 +184,18 @@ def tokenise(tokenizer: Any, queries: Sequence[Query]) -> torch.Tensor:
     return ids
 
 
-def contrastive_loss(image_emb: torch.Tensor, text_emb: torch.Tensor, scale: torch.Tensor,
-                     means: npt.NDArray[np.bool_]) -> torch.Tensor:  # fmt: skip
-    """Cross entropy both ways; a text that means several pictures of the batch shares its target among them."""
-    target = torch.from_numpy(means).float()
+def contrastive_loss(
+    image_emb: torch.Tensor, text_emb: torch.Tensor, scale: torch.Tensor, relevant: npt.NDArray[np.bool_]
+) -> torch.Tensor:
+    """Divergence from the truth, both ways: a text that means several pictures shares itself equally among them."""
+    truth = torch.from_numpy(relevant).float()
     logits = scale * text_emb @ image_emb.T
-    by_text = -(target / target.sum(1, keepdim=True) * F.log_softmax(logits, 1)).sum(1).mean()
-    by_image = -(target / target.sum(0, keepdim=True) * F.log_softmax(logits, 0)).sum(0).mean()
-    return (by_text + by_image) / 2
+    by_text = F.kl_div(F.log_softmax(logits, 1), truth / truth.sum(1, keepdim=True), reduction="none").sum(1)
+    by_image = F.kl_div(F.log_softmax(logits, 0), truth / truth.sum(0, keepdim=True), reduction="none").sum(0)
+    return (by_text.mean() + by_image.mean()) / 2
 
 
-def train(model: CLIPModel, tokenizer: Any, pool: Pool, *, steps: int, batch: int, seed: int) -> list[float]:
+def train(model: Any, tokenizer: Any, pool: Pool, *, steps: int, batch: int, seed: int) -> list[float]:
     """Loss of every step. Each picture comes with its full caption and a short text that is true of it."""
     rng = np.random.default_rng([seed, 3])
     decayed = [p for p in model.parameters() if p.ndim >= 2]
@@ -256,9 +249,10 @@ def build(folder: Path, *, steps: int = STEPS, batch: int = BATCH, pool: int = P
 @torch.inference_mode()
 def evaluate(folder: Path, seed: int = 1000) -> dict[str, dict[str, float]]:
     """The held-out scores, from files through the reference preprocessing, on Hugging Face alone."""
-    model = CLIPModel.from_pretrained(folder, local_files_only=True, dtype=torch.float32).eval()
-    tokenizer = CLIPTokenizer.from_pretrained(folder, local_files_only=True)
-    processor = CLIPImageProcessor.from_pretrained(folder, local_files_only=True)
+    transformers = quiet_transformers()
+    model = transformers.CLIPModel.from_pretrained(folder, local_files_only=True).eval()
+    tokenizer = transformers.CLIPTokenizer.from_pretrained(folder, local_files_only=True)
+    processor = transformers.CLIPImageProcessorPil.from_pretrained(folder, local_files_only=True)
     with tempfile.TemporaryDirectory() as scratch:
         gallery = held_out_gallery(Path(scratch) / "gallery", seed=seed)
         embedded = []

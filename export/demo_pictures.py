@@ -220,14 +220,20 @@ class Gallery:
 
 
 def held_out_gallery(folder: Path, seed: int = 1000) -> Gallery:
-    """Write 1,024 pictures that no training drew, sixteen of each pair of colour and shape, ten of them single shapes.
+    """Write 1,024 pictures that no training drew, and `<folder>-captions.json`."""
+    wanted = held_out_attributes(seed)
+    return Gallery(folder, write_these(folder, wanted, seed), held_out_queries(wanted))
 
-    Queries are the full captions of all pictures, and all short texts of common forms that mean at least nine.
-    """
+
+def held_out_attributes(seed: int) -> list[Attributes]:
+    """Sixteen pictures of each pair of colour and shape, ten of them single shapes."""
     rng = np.random.default_rng([seed, 3])
     counts = [1] * 10 + [2, 2, 3, 3, 4, 4]
-    wanted = [complete_attributes(rng, colour, shape, count) for count in counts for colour, shape in PAIRS]
-    records = write_these(folder, wanted, seed)
+    return [complete_attributes(rng, colour, shape, count) for count in counts for colour, shape in PAIRS]
+
+
+def held_out_queries(wanted: Sequence[Attributes]) -> dict[str, list[Query]]:
+    """The full captions of all pictures, and all short texts of some common forms that mean at least nine of them."""
     texts = [phrase(colour=colour, shape=shape, counts=counts) for colour, shape in PAIRS for counts in ((1,), ())]
     for shape in SHAPES:
         texts += [phrase(shape=shape, counts=(count,)) for count in (1, *COUNTS)]
@@ -237,11 +243,10 @@ def held_out_gallery(folder: Path, seed: int = 1000) -> Gallery:
         texts += [phrase(colour=colour, counts=(count,)) for count in (1, *COUNTS)]
         texts += [phrase(colour=colour, counts=(1,), position=position) for position in POSITIONS]
     broad = [text for text, meant in zip(texts, relevance(texts, wanted).sum(1), strict=True) if meant >= TOP]
-    captions = [full_query(attributes) for attributes in wanted]
     queries: dict[str, list[Query]] = {"seen": [], "unseen": []}
-    for query in captions + broad:
+    for query in [full_query(attributes) for attributes in wanted] + broad:
         queries["unseen" if (query.colour, query.shape) in HELD_OUT_PAIRS else "seen"].append(query)
-    return Gallery(folder, records, queries)
+    return queries
 
 
 def main() -> None:

@@ -180,7 +180,7 @@ def account(
         embedded=totals.embedded, copied=totals.copied, quarantined=counts.quarantined,
         quarantined_new=totals.quarantined_new, pending=counts.pending, deleted=deleted, seconds=round(seconds, 3),
         images_per_s=round((totals.embedded + totals.copied) / seconds, 2),
-        bound=max(totals.bound, key=lambda stage: totals.bound[stage]) if totals.bound else "",
+        bound=max(totals.bound_s, key=lambda stage: totals.bound_s[stage], default=""),
         lanes=[f"{device} {totals.engine}".strip() for device in cfg.devices], decoders=dict(totals.decoders),
         model=cfg.artifact.spec.model, index=str(cfg.out / "index.h5"), generation=generation,
         exit=INTERRUPTED if interrupted else MANY_QUARANTINED if many else DONE,

@@ -11,7 +11,7 @@ import logging
 import math
 import sys
 import time
-from collections import Counter, deque
+from collections import Counter, defaultdict, deque
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 from multiprocessing.connection import wait
@@ -40,7 +40,7 @@ class Totals:
     copied: int = 0
     quarantined_new: int = 0
     decoders: Counter[str] = field(default_factory=Counter)
-    bound: Counter[str] = field(default_factory=Counter)  # seconds by bound stage
+    bound_s: defaultdict[str, float] = field(default_factory=lambda: defaultdict(float))  # by bound stage
     engine: str = ""
 
 
@@ -148,7 +148,7 @@ class Sharing:
             case Tick():
                 if message.rows:
                     lane.rows_per_s = message.rows / message.seconds
-                self.totals.bound[message.bound] += message.seconds
+                self.totals.bound_s[message.bound] += message.seconds
                 self.on_tick(lane, message, self.totals)
             case Ready():
                 lane.ready, self.totals.engine = message, message.engine

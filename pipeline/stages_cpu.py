@@ -30,6 +30,7 @@ DEADLINE_S = 60.0  # the slowest picture of 64 Mpixel takes 10 s (JPEG 2000)
 # 2.5: no pixel more than one level off in 1.4e9; at 2.1 there are 4e-9 of them, at 1.3 there are 1e-6
 TORCH_SCALE_MIN = 2.5
 CUBIC_SUPPORT = 2.0
+SPARE_PIXELS = 0
 
 
 class Posted(Protocol):
@@ -152,21 +153,28 @@ def _interpolate(pixels: torch.Tensor, height: int, width: int) -> torch.Tensor:
 
 
 class Window(NamedTuple):
-    """The part of one axis that the crop shows: source pixels [start, stop), and the exact box within them."""
+    """The part of one axis that the crop shows: source pixels [start, stop), the box within them, the pixels to make.
+
+    Pillow takes the box in float32, and half a unit in its last place is enough to move a noisy picture by two levels.
+    So a few more pixels than the crop are made, up to where the end of the box is nearly exact.
+    """
 
     start: int
     stop: int
     low: float
     high: float
+    out_length: int
 
     @classmethod
     def of(cls, length: int, out_length: int, size: int) -> Window:
         ratio = length / out_length
-        offset = (out_length - size) // 2
-        low, high = offset * ratio, (offset + size) * ratio
+        first = (out_length - size) // 2
         reach = int(CUBIC_SUPPORT * max(ratio, 1.0)) + 2  # the filter sees this far beyond the box
-        start = max(0, int(low) - reach)
-        return cls(start, min(length, int(high) + 1 + reach), low - start, high - start)
+        start = max(0, int(first * ratio) - reach)
+        ends = range(first + size, min(out_length, first + size + SPARE_PIXELS) + 1)
+        last = min(ends, key=lambda end: abs(float(np.float32(end * ratio - start)) - (end * ratio - start)))
+        high = last * ratio - start
+        return cls(start, min(length, start + int(high) + 1 + reach), first * ratio - start, high, last - first)
 
 
 def _resize_window(
@@ -176,11 +184,10 @@ def _resize_window(
     rows = Window.of(image_hwc.shape[0], out_height, size)
     cols = Window.of(image_hwc.shape[1], out_width, size)
     window = Image.fromarray(image_hwc[rows.start : rows.stop, cols.start : cols.stop])
-    bicubic = Image.Resampling.BICUBIC
-    if vertical_first:
-        window = window.resize((window.width, size), bicubic, box=(0, rows.low, window.width, rows.high))
-        window = window.resize((size, size), bicubic, box=(cols.low, 0, cols.high, size))
-    else:
-        window = window.resize((size, window.height), bicubic, box=(cols.low, 0, cols.high, window.height))
-        window = window.resize((size, size), bicubic, box=(0, rows.low, size, rows.high))
-    return np.asarray(window).transpose(2, 0, 1)
+    for vertical in (vertical_first, not vertical_first):
+        if vertical:
+            made, box = (window.width, rows.out_length), (0, rows.low, window.width, rows.high)
+        else:
+            made, box = (cols.out_length, window.height), (cols.low, 0, cols.high, window.height)
+        window = window.resize(made, Image.Resampling.BICUBIC, box=box)
+    return np.asarray(window)[:size, :size].transpose(2, 0, 1)

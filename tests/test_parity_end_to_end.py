@@ -46,7 +46,8 @@ def photos(shared_data: Path, tmp_path_factory: pytest.TempPathFactory, tiny_mod
     ran = index(root, root.parent / "index-of-photos", "--model", tiny_model)
     assert ran.code == 0, ran.stderr
     by_key = vectors_by_key(root.parent / "index-of-photos")
-    keys = sorted(by_key)
+    # Few enough that two swapped rows weigh more than the tolerance: 2 of 60 are .03, 2 of 236 were .008.
+    keys = sorted(key for number, key in enumerate(sorted(by_key)) if "orientation" in key or number % 5 == 0)
     return {
         "encoded": [(root / key).read_bytes() for key in keys],
         "emb_nd": np.stack([np.frombuffer(by_key[key][1], np.float16) for key in keys]),
@@ -56,7 +57,7 @@ def photos(shared_data: Path, tmp_path_factory: pytest.TempPathFactory, tiny_mod
 
 def test_index_equals_reference(photos: dict[str, Any]) -> None:
     want = photos["reference"].vectors(photos["encoded"])
-    assert len(want) > 200
+    assert len(want) > 50
     assert_same_vectors(photos["emb_nd"], want, spread_error_max=STORED_SPREAD_ERROR_MAX)
 
 
@@ -65,7 +66,7 @@ def test_index_equals_reference(photos: dict[str, Any]) -> None:
     [
         pytest.param(lambda ref, encoded: ref.vectors(encoded, upright=False), id="exif ignored"),
         pytest.param(lambda ref, encoded: ref.vectors(encoded, resample=2), id="bilinear for bicubic"),
-        pytest.param(lambda ref, encoded: ref.vectors(encoded)[[1, 0, *range(2, len(encoded))]], id="two rows swapped"),
+        pytest.param(lambda ref, encoded: ref.vectors(encoded)[[len(encoded) - 1, *range(1, len(encoded) - 1), 0]], id="two rows swapped"),
     ],
 )
 def test_a_wrong_pipeline_is_noticed(photos: dict[str, Any], wrong: Callable[..., npt.NDArray[Any]]) -> None:

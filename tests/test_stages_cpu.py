@@ -1,0 +1,234 @@
+"""Promise: pixels of the CPU stages stay within one level of the PIL reference, and a bad row never moves another."""
+
+from __future__ import annotations
+
+import io
+from collections.abc import Iterator
+
+import numpy as np
+import numpy.typing as npt
+import pytest
+import torch
+from PIL import Image, ImageOps
+from transformers import CLIPImageProcessorPil
+
+from engines.spec import Preprocess
+from pipeline.batch import Batch, Failure
+from pipeline.stages_cpu import CpuStages, decode, resize_crop
+from tests.compare import assert_pixels_close
+from tests.pictures import noisy_jpeg
+
+MEAN, STD = (0.48145466, 0.4578275, 0.40821073), (0.26862954, 0.26130258, 0.27577711)
+Pixels = npt.NDArray[np.uint8]
+
+
+def preprocess(size: int = 64, **limits: int) -> Preprocess:
+    return Preprocess(size, MEAN, STD, **limits)
+
+
+def reference(picture: Image.Image, size: int) -> Pixels:
+    """(3, S, S) levels as the PIL image processor gives them before it normalises."""
+    processor = CLIPImageProcessorPil(
+        size={"shortest_edge": size},
+        crop_size={"height": size, "width": size},
+        do_rescale=False,
+        do_normalize=False,
+    )
+    pixels = processor(images=picture, return_tensors="np")["pixel_values"][0]
+    return np.asarray(pixels, np.uint8)
+
+
+def noise(height: int, width: int, seed: int = 0) -> Pixels:
+    """Black or white at random: overshoot everywhere, the hardest picture for a resampler to agree on."""
+    return np.random.default_rng(seed).integers(0, 2, (height, width, 3), np.uint8) * 255
+
+
+def structure(height: int, width: int, seed: int = 0) -> Pixels:
+    return np.asarray(Image.open(io.BytesIO(noisy_jpeg(seed, width, height)))).copy()
+
+
+SHAPES = [
+    (375, 500), (500, 375), (64, 64), (65, 64), (64, 65), (63, 80),  # around the size of the model
+    (160, 160), (161, 300), (300, 161), (700, 161), (900, 200), (200, 900),  # torch works from 160 = 2.5 x 64 on
+    (1, 1), (1, 2), (2, 1), (3, 3), (1, 7), (7, 1), (2, 300), (300, 2), (90, 400), (400, 90), (130, 70), (141, 70),
+]  # fmt: skip
+
+
+@pytest.mark.parametrize("shape", SHAPES, ids=lambda shape: f"{shape[0]}x{shape[1]}")
+def test_resize_and_crop_agree_with_the_reference(shape: tuple[int, int]) -> None:
+    for picture in (noise(*shape), structure(*shape)):
+        assert_pixels_close(resize_crop(picture, preprocess()), reference(Image.fromarray(picture), 64))
+
+
+def test_random_shapes_agree_with_the_reference() -> None:
+    rng = np.random.default_rng(1)
+    for _ in range(150):
+        height, width = (int(x) for x in 2 ** rng.uniform(2, 9, 2))
+        picture = noise(height, width, int(rng.integers(1000)))
+        assert_pixels_close(resize_crop(picture, preprocess(32)), reference(Image.fromarray(picture), 32))
+
+
+@pytest.mark.parametrize("shape", [(60_000, 1), (1, 60_000), (3, 65_000), (40_000, 90)])
+def test_a_line_of_pixels_costs_no_more_than_its_crop(shape: tuple[int, int]) -> None:
+    """Resized as a whole, 1 x 60,000 is 224 x 13 million pixels: 9 GB."""
+    picture = noise(*shape)
+    got = resize_crop(picture, preprocess(224))
+    # the reference sees only the middle, cut where pixel 224 * k falls on a border of the source
+    length, short = max(shape), min(shape)
+    middle, half = length // 2, short * 10
+    half += (length - 2 * half) % 2
+    cut = slice(middle - half, length - middle + half)
+    part = picture[cut] if shape[0] > shape[1] else picture[:, cut]
+    size = (224, int(224 * max(part.shape[:2]) / short))
+    tall = shape[0] > shape[1]
+    box_size = size if tall else size[::-1]
+    if tall and shape[1] > 224:  # never here: downscaling takes the vertical pass first
+        raise AssertionError(shape)
+    resized = np.asarray(Image.fromarray(part).resize(box_size, Image.Resampling.BICUBIC))
+    top, left = (resized.shape[0] - 224) // 2, (resized.shape[1] - 224) // 2
+    want = resized[top : top + 224, left : left + 224].transpose(2, 0, 1)
+    assert got.shape == (3, 224, 224)
+    assert_pixels_close(got, want)
+
+
+@pytest.mark.parametrize("shape", [(500, 375), (100, 140)])
+def test_the_comparison_rejects_a_wrong_picture(shape: tuple[int, int]) -> None:
+    picture = structure(*shape)
+    got, want = resize_crop(picture, preprocess()), reference(Image.fromarray(picture), 64)
+    assert_pixels_close(got, want)
+    scale = 64 / min(shape)
+    soft = Image.fromarray(picture).resize(
+        (int(shape[1] * scale), int(shape[0] * scale)), Image.Resampling.BILINEAR
+    )
+    wrong = {
+        "bilinear": reference(soft, 64),
+        "swapped channels": want[::-1],
+        "swapped rows": want[:, ::-1],
+        "moved by one": np.roll(want, 1, axis=2),
+    }
+    for name, pixels in wrong.items():
+        with pytest.raises(AssertionError):
+            assert_pixels_close(got, pixels)
+            print(name)
+
+
+@pytest.mark.parametrize("orientation", range(1, 9))
+@pytest.mark.parametrize("shape", [(90, 120), (221, 340), (500, 163)], ids=str)
+def test_rotated_pictures_are_resized_upright(orientation: int, shape: tuple[int, int]) -> None:
+    """Small and large ones: the large are resized as stored and rotated afterwards, which must not show."""
+    exif = Image.Exif()
+    exif[0x0112] = orientation
+    out = io.BytesIO()
+    Image.fromarray(structure(*shape)).save(out, "JPEG", exif=exif, quality=95)
+    stored = Image.open(out)
+    want = reference(ImageOps.exif_transpose(stored), 64)
+    image = decode(out.getvalue(), preprocess()).image_hwc
+    got = resize_crop(image, preprocess())
+    assert_pixels_close(got, want)
+    np.testing.assert_array_equal(got, resize_crop(np.ascontiguousarray(image), preprocess()))
+    if orientation != 1:
+        with pytest.raises(AssertionError):
+            assert_pixels_close(got, reference(stored, 64))
+
+
+# ---- batches -----------------------------------------------------------------------------------------------------
+
+
+class Board:
+    def __init__(self) -> None:
+        self.log: list[tuple[str, int, int]] = []
+        self.deadlines: list[float] = []
+
+    def start(self, worker: int, row_id: int, deadline_s: float) -> None:
+        self.log.append(("start", worker, row_id))
+        self.deadlines.append(deadline_s)
+
+    def finish(self, worker: int) -> None:
+        self.log.append(("finish", worker, 0))
+
+
+@pytest.fixture
+def stages() -> Iterator[CpuStages]:
+    stages = CpuStages(preprocess(), threads=2)
+    yield stages
+    stages.close()
+
+
+def run(stages: CpuStages, encoded: list[bytes], failed: dict[int, Failure] | None = None) -> tuple[Batch, Pixels]:
+    out = np.full((len(encoded) + 2, 3, 64, 64), 7, np.float32)
+    batch = Batch(np.arange(100, 100 + len(encoded)), encoded, failed=failed or {})
+    return stages(batch, out), out
+
+
+def test_a_row_is_the_normalised_picture(stages: CpuStages) -> None:
+    pictures = [noisy_jpeg(seed, 90 + seed, 200 - seed) for seed in range(5)]
+    batch, out = run(stages, pictures)
+    processor = CLIPImageProcessorPil(
+        size={"shortest_edge": 64}, crop_size={"height": 64, "width": 64}, image_mean=MEAN, image_std=STD
+    )
+    for row, encoded in enumerate(pictures):
+        want = processor(images=Image.open(io.BytesIO(encoded)), return_tensors="np")["pixel_values"][0]
+        levels = (out[row] - want) * 255 * np.array(STD).reshape(3, 1, 1)
+        assert np.abs(levels).max() < 1.001
+    assert (batch.pixels_rows, batch.encoded, batch.failed, batch.marks) == (5, None, {}, {})
+    assert batch.decoders == {"simplejpeg": 5}
+    assert (out[5:] == 7).all(), "rows behind the batch belong to nobody"
+
+
+def test_bad_rows_keep_their_place_and_leave_their_neighbours_alone(stages: CpuStages) -> None:
+    good = [noisy_jpeg(seed) for seed in range(6)]
+    _, alone = run(stages, good)
+    unread = Failure("read_error", "gone")
+    encoded = [good[0], b"", good[2], good[3][:700], b"", good[5]]
+    batch, out = run(stages, encoded, {4: unread})
+    assert {row: failure.reason for row, failure in batch.failed.items()} == {
+        1: "empty", 3: "truncated", 4: "read_error",
+    }  # fmt: skip
+    assert batch.failed[4] is unread
+    for row in (0, 2, 5):
+        np.testing.assert_array_equal(out[row], alone[row])
+    assert not out[[1, 3, 4]].any()
+    assert batch.decoders == {"simplejpeg": 3}
+
+
+def test_marks_and_decoders_are_kept_per_row(stages: CpuStages) -> None:
+    whole, png = noisy_jpeg(1), io.BytesIO()
+    Image.fromarray(structure(80, 96)).save(png, "PNG")
+    damaged = whole[:-2] + bytes(range(1, 200)) + whole[-2:]
+    batch, _ = run(stages, [whole, damaged, png.getvalue()])
+    assert batch.marks == {1: "damaged"}
+    assert batch.decoders == {"simplejpeg": 1, "pillow": 2}
+
+
+def test_threads_change_neither_pixels_nor_the_engine() -> None:
+    """The pool must not touch the number of threads that the engine's OpenMP team has."""
+    encoded = [noisy_jpeg(seed, 100 + 17 * seed, 90 + 40 * seed) for seed in range(9)]
+    before = torch.get_num_threads()
+    outs = []
+    for threads in (1, 3):
+        stages = CpuStages(preprocess(), threads)
+        outs.append(run(stages, encoded)[1])
+        stages.close()
+    np.testing.assert_array_equal(outs[0], outs[1])
+    assert torch.get_num_threads() == before
+
+
+def test_every_picture_is_posted_before_it_is_decoded() -> None:
+    board = Board()
+    stages = CpuStages(preprocess(), 2, board)
+    run(stages, [noisy_jpeg(0), b"bad", noisy_jpeg(2), b""], {3: Failure("read_error", "")})
+    stages.close()
+    assert sorted(row for what, _, row in board.log if what == "start") == [100, 101, 102]
+    for worker in (0, 1):
+        mine = [what for what, who, _ in board.log if who == worker]
+        assert mine == ["start", "finish"] * (len(mine) // 2)
+    assert {who for _, who, _ in board.log} <= {0, 1}
+    assert min(board.deadlines) >= 10
+
+
+def test_a_wrong_buffer_is_refused(stages: CpuStages) -> None:
+    batch = Batch(np.arange(2), [noisy_jpeg(0), noisy_jpeg(1)])
+    with pytest.raises(ValueError, match=r"expected .* \(3, 64, 64\)"):
+        stages(batch, np.empty((2, 3, 32, 32), np.float32))
+    with pytest.raises(ValueError, match="2 pictures"):
+        stages(batch, np.empty((1, 3, 64, 64), np.float32))
