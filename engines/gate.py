@@ -116,9 +116,7 @@ def spread_error(got_nd: npt.NDArray[Any], want_nd: npt.NDArray[Any]) -> float:
         raise ValueError(f"golden set: need two equal (n >= 2, d) sets, got {got.shape}, wanted {want.shape}")
     spread = np.linalg.norm(want - want.mean(axis=0), axis=1).mean()
     if not spread > 0:
-        raise ValueError(
-            f"golden set: the wanted vectors have a spread of {spread}, so nothing can be told apart"
-        )
+        raise ValueError(f"golden set: the wanted vectors have a spread of {spread}, so nothing can be told apart")
     return float(np.linalg.norm(got - want, axis=1).mean() / spread)
 
 

@@ -1,8 +1,9 @@
 """ONNX Runtime engines. `ort-cpu` is the fp32 reference on any host, and answers text queries without torch.
 
-The portable graph of the artifact is compiled when the session opens (0.5 s for a B/32 text tower), so a card points at
-it and stores no copy. Input and output buffers are allocated once and bound by pointer. `launch` computes before it
-returns, without the GIL: on a CPU the overlap with decoding comes from the lane's threads.
+The vision engine opens the portable graph of the artifact and stores no copy. The text engine is opened anew for every
+query on the command line, so it is stored as ORT holds it after optimisation and mapped, not parsed: 0.3 instead of
+0.9 s for B/32 beside other work, same bits. Buffers are allocated once and bound by pointer. `launch` computes before
+it returns, without the GIL: the overlap with decoding comes from the lane's threads.
 """
 
 from __future__ import annotations
@@ -56,12 +57,24 @@ class OrtCpuEngine:
         return self._outputs[slot][: self._rows[slot]].copy()
 
 
+def save_optimised(graph: Path, target: Path) -> None:
+    """Write `graph` in the form that opens fastest. It holds for the CPU and the ORT version it was written with."""
+    options = ort.SessionOptions()
+    options.optimized_model_filepath = str(target)
+    options.add_session_config_entry("session.save_model_format", "ORT")
+    options.log_severity_level = 3  # without the advice that the file is made for this CPU: its card says so
+    ort.InferenceSession(graph, options, providers=[CPU_PROVIDER], enable_fallback=False)
+
+
 def _open_session(graph: Path, threads: int) -> Any:
     options = ort.SessionOptions()
     options.intra_op_num_threads = threads
     options.inter_op_num_threads = 1
     # Idle pool threads would otherwise spin after each run, on the cores that decode the next batch.
     options.add_session_config_entry("session.force_spinning_stop", "1")
+    # For files of `save_optimised`: weights stay where they are mapped.
+    options.add_session_config_entry("session.use_memory_mapped_ort_model", "1")
+    options.add_session_config_entry("session.use_ort_model_bytes_for_initializers", "1")
     session = ort.InferenceSession(graph, options, providers=[CPU_PROVIDER], enable_fallback=False)
     if session.get_providers() != [CPU_PROVIDER]:
         raise EngineUnavailable(f"{graph.name} was opened on {session.get_providers()}, asked for {CPU_PROVIDER} alone")

@@ -6,12 +6,12 @@
 from __future__ import annotations
 
 import argparse
-import os
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Literal
 
 from engines import RUNTIMES
+from engines.hardware import physical_cores
 from engines.spec import Artifact, Precision, default_model, find_artifact
 from pipeline.sources import SOURCES, Source, open_source
 
@@ -115,7 +115,7 @@ def parse_index(argv: list[str] | None) -> Config:
     source = open_source(args.source, args.root, split=args.split, download=args.download)
     if not 0 <= args.max_deleted <= 100:
         raise UsageError(f"--max-deleted is {args.max_deleted}; it is a share in percent, 0 to 100")
-    cores = len(os.sched_getaffinity(0))
+    cores = physical_cores()
     return Config(
         source=source,
         artifact=find_artifact(args.model),

@@ -30,12 +30,13 @@ from blake3 import blake3
 from engines import EngineUnavailable, open_engine
 from engines.spec import Artifact
 from pipeline.batch import BadImage, Batch, Failure
-from pipeline.lanes import Board, Chunk, Claim, Done, LaneSpec, Ready, Refused, Tick, Verdict
+from pipeline.lanes import TICK_S, Board, Chunk, Claim, Done, LaneSpec, Ready, Refused, Tick, Verdict
 from pipeline.stages_cpu import CpuStages
 from pipeline.store import Outcome, PendingItem, write_shard
 
 READ_THREADS = 8  # hides the latency of network file systems; on a warm local cache one is enough
 LEAD_BATCHES = 2
+BATCHES_WITH_ENGINE = 2  # of its three buffers; the decoder fills the third
 
 
 @dataclass
@@ -176,19 +177,28 @@ class LaneProcess:
     # ---- encoder ---------------------------------------------------------------------------------------------------
 
     def _encode_loop(self) -> None:
+        """Two batches are with the engine whenever two are ready, so that its workers never wait for each other."""
+        running: deque[tuple[Work, Batch]] = deque()
         while True:
-            start = time.monotonic()
-            work, batch = self.to_encode.get()
-            self.tick.encode_wait_s += time.monotonic() - start
+            try:
+                start = time.monotonic()
+                work, batch = self.to_encode.get(block=not running)
+                self.tick.encode_wait_s += time.monotonic() - start
+            except queue.Empty:  # nothing to launch now: wait for the engine instead
+                self._collect(*running.popleft())
+                continue
             if batch is None:
+                while running:
+                    self._collect(*running.popleft())
                 self._finish(work)
             elif not self.board.stopped:
-                self._encode(work, batch)
-            self._tick_once_a_second()
+                self.engine.launch(batch.slot, len(batch.ids))
+                running.append((work, batch))
+                if len(running) == BATCHES_WITH_ENGINE:
+                    self._collect(*running.popleft())
 
-    def _encode(self, work: Work, batch: Batch) -> None:
+    def _collect(self, work: Work, batch: Batch) -> None:
         rows = len(batch.ids)
-        self.engine.launch(batch.slot, rows)
         emb_nd = self.engine.result(batch.slot)
         self.free_slots.put(batch.slot)
         good = np.array([row not in batch.failed for row in range(rows)])
@@ -203,6 +213,8 @@ class LaneProcess:
         work.emb_blocks.append(emb_nd[good])
         work.decoders.update(batch.decoders)
         self.tick.rows += rows
+        if time.monotonic() - self.tick_start_s >= TICK_S:
+            self._report_tick()
 
     def _finish(self, work: Work) -> None:
         shard = None
@@ -214,16 +226,16 @@ class LaneProcess:
                 [work.hashes[row_id] for row_id in work.emb_ids],
                 {"space": self.spec.space},
             )
+        self._report_tick()
         self._send(Done(work.chunk.number, shard, work.outcomes, work.decoders))
 
     # ---- all -------------------------------------------------------------------------------------------------------
 
-    def _tick_once_a_second(self) -> None:
+    def _report_tick(self) -> None:
         now = time.monotonic()
-        if now - self.tick_start_s >= 1.0:
-            done, self.tick = self.tick, Tick()
-            done.seconds, self.tick_start_s = now - self.tick_start_s, now
-            self._send(done)
+        done, self.tick = self.tick, Tick()
+        done.seconds, self.tick_start_s = now - self.tick_start_s, now
+        self._send(done)
 
     def _send(self, message: object) -> None:
         with self.send_lock:

@@ -20,6 +20,7 @@ from engines.spec import Precision, Preprocess
 from pipeline.sources import Source
 from pipeline.store import Outcome, PendingItem, ShardInfo
 
+TICK_S = 1.0
 STOP_GRACE_S = 30.0  # one engine batch of the largest model on one slow core
 
 

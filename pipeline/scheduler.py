@@ -17,7 +17,20 @@ from dataclasses import dataclass, field
 from multiprocessing.connection import wait
 
 from pipeline.batch import Reason
-from pipeline.lanes import STOP_GRACE_S, Chunk, Claim, Done, Lane, LaneSpec, Message, Ready, Refused, Tick, Verdict
+from pipeline.lanes import (
+    STOP_GRACE_S,
+    TICK_S,
+    Chunk,
+    Claim,
+    Done,
+    Lane,
+    LaneSpec,
+    Message,
+    Ready,
+    Refused,
+    Tick,
+    Verdict,
+)
 from pipeline.store import Outcome, PendingItem, Store
 
 log = logging.getLogger(__name__)
@@ -146,7 +159,7 @@ class Sharing:
             case Done():
                 self._commit(lane, message)
             case Tick():
-                if message.rows:
+                if message.rows and message.seconds >= TICK_S:  # shorter ones end a chunk
                     lane.rows_per_s = message.rows / message.seconds
                 self.totals.bound_s[message.bound] += message.seconds
                 self.on_tick(lane, message, self.totals)

@@ -418,6 +418,27 @@ def test_without_a_compiler_auto_says_why_and_a_name_is_an_error(
         plan(artifact, "aoti-cpu", "auto")
 
 
+def test_a_compiler_that_fails_is_named_not_hidden(
+    editable: Artifact, model: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    for path, card in editable.cards():
+        if card.runtime == "aoti-cpu":
+            path.unlink()
+    monkeypatch.setattr("export.to_aoti.INDUCTOR", {"cpp.cxx": (None, "/bin/false")})
+    with pytest.raises(EngineUnavailable, match="aoti-cpu did not compile") as failed:
+        build_engines(str(model), "aoti-cpu", root=editable.path.parent)
+    words = str(failed.value)
+    assert "\n" not in words
+
+    def fail(*_: Any) -> None:
+        raise EngineUnavailable(words)
+
+    monkeypatch.setattr("export.to_aoti.compile_tower", fail)
+    report = build_engines(str(model), root=editable.path.parent)
+    assert [card.runtime for card in report.cards] == ["ort-cpu", "ort-cpu"]
+    assert f"{words}. Going on without it" in report.notes
+
+
 def test_errors_of_the_command_are_one_line_and_exit_2(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:

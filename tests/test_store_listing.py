@@ -48,7 +48,7 @@ def test_observe_tells_new_changed_relabelled_and_unchanged(tmp_path: Path) -> N
         listed[3] = replace(listed[3], metadata={"licence": "cc0"})
         listed[4] = replace(listed[4], locator=b"moved")
         del listed[5]
-        assert store.observe([*listed, item("new", b"n"), item("new", b"other")]) == (1, 3, 2, 5, 1)
+        assert store.observe([*listed, item("new", b"n", mtime_ns=2**70), item("new", b"other")]) == (1, 3, 2, 5, 1)
         assert store.listing_preview() == (1, 12)
         assert store.finish_listing() == 1
         assert [entry.key for entry in store.pending(99)] == ["dir/00000.jpg", "dir/00001.jpg", "dir/00002.jpg", "new"]
@@ -157,7 +157,7 @@ def test_quarantine_is_remembered_and_heals(tmp_path: Path) -> None:
         store.observe([item(key, content) for key, content in {**pictures, "dir/00001.jpg": b"changed"}.items()])
         store.finish_listing()
         (entry,) = store.pending(9)  # the bad one is known, and not read again
-        unread = Outcome(entry.id, "quarantined", None, "read_error", words="Input/output error")
+        unread = Outcome(entry.id, "quarantined", None, "read_error", words="what a decoder says \udcff\0")
         assert store.commit_chunk(None, [unread])[2:4] == (1, 1)
         assert store.publish({}, {}) == 1, "what readers see has not changed"
         assert_shows(tmp_path, pictures)  # the last readable version is still there

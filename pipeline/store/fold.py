@@ -3,7 +3,7 @@
 A run leaves one shard per chunk, hundreds a night. A generation names at most 256 data files, because HDF5 keeps one
 descriptor open per file of a virtual dataset and returns fill values, silently, once the process has no more of them.
 Crash-safe: a segment is complete on disk before one transaction re-points its vectors; the folded files stay until no
-kept generation names them. Copying runs at disk speed (1 KB a row at d = 512), re-pointing at about 150 k rows/s.
+kept generation names them. Copying runs at disk speed (1 KB a row at d = 512), re-pointing at about 90 k rows/s.
 """
 
 from __future__ import annotations
@@ -32,7 +32,7 @@ DEAD_SHARE_MAX = 0.25  # of a file's rows, before it is written anew
 RUNS_MAX = 65_536  # stretches of live rows in one generation: 0.7 s to write as a virtual dataset, 0.2 s to open
 
 
-@dataclass(slots=True)
+@dataclass(slots=True, eq=False)
 class DataFile:
     """A data file and who shows its vectors: 8 bytes a row, 800 MB at 100 M."""
 

@@ -13,7 +13,6 @@ files. A data file costs one descriptor, and a generation has at most 256 (33 be
 from __future__ import annotations
 
 import json
-import os
 from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
@@ -92,16 +91,13 @@ class Generation:
     def open(cls, index: Path, check: Check = "size") -> Generation:
         """What `current` points at now. Should a publisher prune it while it is being opened, the newer one."""
         while True:
-            try:
-                home = index / os.readlink(index / "current")
-            except FileNotFoundError:
-                raise NoIndex(
-                    f"no index in {index} (it has no link `current`); make one: python -m pipeline.index --out {index}"
-                ) from None
+            home = (index / "current").resolve()
+            if not home.is_dir():
+                raise NoIndex(f"no index in {index}; make one: python -m pipeline.index --out {index} ...")
             try:
                 return cls(index, home, check)
-            except StoreDamaged:
-                if index / os.readlink(index / "current") == home:
+            except (StoreDamaged, FileNotFoundError):
+                if (index / "current").resolve() == home:
                     raise
 
     def __enter__(self) -> Generation:

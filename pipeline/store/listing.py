@@ -1,7 +1,7 @@
 """One listing of a source against the manifest: what is new, changed, as it was, or gone.
 
 Which rows were seen is a byte per id (100 MB at 100 M), not a column: a night in which nothing changed writes no row.
-A key costs about 4 us when it is unchanged and 25 us when it is new.
+A key costs about 7 us when it is unchanged and 10 us when it is new.
 """
 
 from __future__ import annotations
@@ -25,7 +25,7 @@ from pipeline.store.manifest import PENDING, bump_state, next_id, select_in, tra
 
 log = logging.getLogger(__name__)
 Bits: TypeAlias = npt.NDArray[np.bool_]
-FETCH_ROWS = 65_536
+FETCH_ROWS = 8_192
 REPLACEMENT = "\ufffd"
 INT64 = range(-(2**63), 2**63)
 
@@ -68,14 +68,6 @@ class Preview(NamedTuple):
     of: int
 
 
-class _Known(NamedTuple):
-    id: int
-    stat: tuple[int, int, str]
-    locator: bytes
-    meta_hash: bytes | None
-    status: str
-
-
 class Listing:
     """The state of one run's listing; made by `begin`."""
 
@@ -110,49 +102,45 @@ class Listing:
         return cls(db, number, run)
 
     def observe(self, items: Sequence[Item]) -> Observed:
-        known = self._known([item.key for item in items])
+        sql = (
+            "SELECT key, id, status, size, mtime_ns, etag, locator, meta_hash FROM input "
+            "WHERE scope = ? AND key IN (?*)"
+        )
+        known = {row[0]: row[1:] for row in select_in(self._db, sql, (self.scope,), [item.key for item in items])}
         new: dict[str, tuple[Any, ...]] = {}
         changed: list[tuple[Any, ...]] = []
         relabelled: list[tuple[Any, ...]] = []
         metadata: dict[bytes, str] = {}
-        repeated = unchanged = live_relabelled = 0
+        repeated = unchanged = 0
+        bump = False
         for item in items:
             row = known.get(item.key)
-            if item.key in new or (row is not None and self._seen[row.id]):
+            if item.key in new or (row is not None and self._seen[row[0]]):
                 repeated += 1
                 log.warning("key listed twice in one run, the first one counts: %r", item.key)
                 continue
-            stat = (item.size_bytes, item.mtime_ns, item.etag)
-            meta_hash, meta_json = pack_metadata(item.metadata)
-            if meta_hash is not None and (row is None or meta_hash != row.meta_hash):
-                metadata[meta_hash] = meta_json
+            meta_hash, packed = pack_metadata(item.metadata)
+            mtime_ns = min(item.mtime_ns, INT64.stop - 1)  # files may claim the year 2400
+            found = (item.size_bytes, mtime_ns, item.etag, item.locator, meta_hash)
             if row is None:
-                new[item.key] = (self.scope, item.key, item.locator, *stat, meta_hash, self.run, self.run)
-                continue
-            self._seen[row.id] = True
-            if row.status == "deleted" or row.stat != stat:
-                # What a deleted key held is forgotten; what a changed one held is served until the new bytes are read.
-                changed.append((item.locator, *stat, meta_hash, row.status == "deleted", self.run, row.id))
-            elif (row.locator, row.meta_hash) != (item.locator, meta_hash):
-                relabelled.append((item.locator, meta_hash, row.id))
-                live_relabelled += row.meta_hash != meta_hash
+                new[item.key] = (self.scope, item.key, *found, self.run, self.run)
             else:
-                unchanged += 1
+                number, status, *had = row
+                self._seen[number] = True
+                if had == [*found] and status != "deleted":
+                    unchanged += 1
+                    continue
+                if had[:3] != [*found[:3]] or status == "deleted":
+                    # What a deleted key held is forgotten; what a changed one held is served until it is read again.
+                    changed.append((*found, status == "deleted", self.run, number))
+                else:
+                    relabelled.append((item.locator, meta_hash, number))
+                    bump = bump or had[4] != meta_hash
+            if meta_hash is not None:
+                metadata[meta_hash] = packed
         if new or changed or relabelled:
-            self._write(new, changed, relabelled, metadata, bool(live_relabelled))
+            self._write(new, changed, relabelled, metadata, bump)
         return Observed(len(new), len(changed), len(relabelled), unchanged, repeated)
-
-    def _known(self, keys: Sequence[str]) -> dict[str, _Known]:
-        sql = (
-            "SELECT key, id, size, mtime_ns, etag, locator, meta_hash, status FROM input "
-            "WHERE scope = ? AND key IN (?*)"
-        )
-        return {
-            key: _Known(number, (size, mtime_ns, etag), locator, meta_hash, status)
-            for key, number, size, mtime_ns, etag, locator, meta_hash, status in select_in(
-                self._db, sql, (self.scope,), keys
-            )
-        }
 
     def _write(
         self,
@@ -166,12 +154,12 @@ class Listing:
         with transaction(self._db):
             self._db.executemany("INSERT OR IGNORE INTO metadata VALUES (?, ?)", metadata.items())
             self._db.executemany(
-                "INSERT INTO input(scope, key, locator, size, mtime_ns, etag, meta_hash, status, first_seen, last_seen)"
-                " VALUES (?, ?, ?, ?, ?, ?, ?, 'pending', ?, ?)",
+                "INSERT INTO input(scope, key, size, mtime_ns, etag, locator, meta_hash, first_seen, last_seen, status)"
+                " VALUES (?, ?, ?, ?, ?, ?, ?, ?, ?, 'pending')",
                 new.values(),
             )
             self._db.executemany(
-                "UPDATE input SET locator = ?, size = ?, mtime_ns = ?, etag = ?, meta_hash = ?,"
+                "UPDATE input SET size = ?, mtime_ns = ?, etag = ?, locator = ?, meta_hash = ?,"
                 " content_hash = CASE WHEN ? THEN NULL ELSE content_hash END,"
                 " status = 'pending', reason = '', words = '', attempts = 0, last_seen = ? WHERE id = ?",
                 changed,
@@ -264,17 +252,17 @@ def pack_metadata(metadata: Mapping[str, Any]) -> tuple[bytes | None, str]:
     clean: dict[str, str | int | float] = {}
     for name, value in metadata.items():
         if isinstance(value, int):
-            clean[_text(name)] = int(value) if value in INT64 else str(value)
+            clean[clean_text(name)] = int(value) if value in INT64 else str(value)
         elif isinstance(value, float):
             if math.isfinite(value):
-                clean[_text(name)] = value
+                clean[clean_text(name)] = value
         else:
-            clean[_text(name)] = _text(value)
+            clean[clean_text(name)] = clean_text(value)
     packed = json.dumps(clean, sort_keys=True, ensure_ascii=False, separators=(",", ":"))
     return blake3(packed.encode()).digest(length=DIGEST_BYTES), packed
 
 
-def _text(value: str) -> str:
+def clean_text(value: str) -> str:
     if "\0" not in value and value.isprintable():  # a lone surrogate is not printable
         return value
     return value.replace("\0", REPLACEMENT).encode("utf-16", "surrogatepass").decode("utf-16", "replace")

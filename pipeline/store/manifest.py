@@ -25,7 +25,7 @@ from typing import Any
 from pipeline.store.files import StoreError
 
 SCHEMA_VERSION = 1
-CACHE_KIB = 65_536
+CACHE_KIB = 16_384  # more costs memory and gains nothing: the system caches the file too
 VARIABLES = 5_000  # per statement; SQLite allows 32,766
 
 # A file to read: new or changed ("pending"), or known bytes that have no vector in the space of this run ("rebuild").

@@ -27,9 +27,9 @@ import numpy as np
 
 from pipeline.batch import Item, Mark, Reason
 from pipeline.store import publish as publishing
-from pipeline.store.files import StoreDamaged, StoreError, take_lock, write_text
+from pipeline.store.files import StoreDamaged, StoreError, sync, take_lock, write_text
 from pipeline.store.fold import register
-from pipeline.store.listing import Container, Listing, Observed, Preview, Scope
+from pipeline.store.listing import Container, Listing, Observed, Preview, Scope, clean_text
 from pipeline.store.manifest import PENDING, bump_state, connect, select_in, space_id, transaction
 from pipeline.store.shards import ShardInfo, check_file, hash_rows
 
@@ -95,6 +95,7 @@ class Store:
             _refuse_lost_manifest(out)
             for name in (*publishing.DATA_FOLDERS, "generations", "runs"):
                 (out / name).mkdir(exist_ok=True)
+            sync(out)
             db = connect(out / "manifest.sqlite")
             try:
                 store = cls(out, db, lock, (space_id(db, space, dim), space, dim))
@@ -229,7 +230,7 @@ class Store:
             "UPDATE input SET status = 'quarantined', reason = ?, words = ?, attempts = attempts + 1, "
             "content_hash = CASE WHEN ? = 'read_error' THEN content_hash ELSE ? END "
             f"WHERE id = ? AND {PENDING}",
-            ((bad.reason, bad.words, bad.reason, bad.content_hash, bad.id) for bad in outcomes),
+            ((bad.reason, clean_text(bad.words), bad.reason, bad.content_hash, bad.id) for bad in outcomes),
         ).rowcount
         lost = any(content for _, content in before) and any(bad.reason != "read_error" for bad in outcomes)
         return count, sum(reason == "" for reason, _ in before), lost
