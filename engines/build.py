@@ -229,7 +229,7 @@ def print_report(report: Report, seconds: float) -> None:
     for name in ("batch", "threads", "rows/s", "GFLOP/s", "of GEMM peak", "error/spread", "allowed", "MB"):
         table.add_column(name, justify="right")
     for card in report.cards:
-        error = f"{card.parity['error_over_spread']:.5f}" + ("" if card.passed else " MISSED")
+        error = f"{card.parity['error_over_spread']:.1e}" + ("" if card.passed else " MISSED")
         table.add_row(
             card.tower, card.runtime, card.precision, str(card.batch), str(card.threads), f"{card.rows_per_s:.1f}",
             f"{card.gflop_per_s:.1f}", f"{card.peak_share:.0%}", error, f"{card.parity['error_allowed']}",

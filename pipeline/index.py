@@ -12,6 +12,7 @@ import json
 import logging
 import os
 import signal
+import sqlite3
 import sys
 import time
 from dataclasses import asdict, dataclass
@@ -25,7 +26,7 @@ from pipeline.progress import Display, TransferBar
 from pipeline.scheduler import LaneFailed, Sharing, Totals
 from pipeline.sources import Damage, SourceError
 from pipeline.sources.download import DownloadError, download_inat2021
-from pipeline.store import Counts, Locked, Scope, Store, StoreDamaged, StoreError
+from pipeline.store import Counts, Locked, Scope, Store, StoreError
 
 log = logging.getLogger("nightjar")
 
@@ -84,7 +85,7 @@ def run(cfg: Config, stop: Stop) -> Report:
     """The main job, top to bottom.
 
     Raises:
-        Locked, StoreDamaged, SourceError, TooManyDeletions, LaneFailed: one line each; what was committed stays.
+        StoreError (Locked is one), SourceError, TooManyDeletions, LaneFailed: one line each; what was committed stays.
     """
     start_s = time.monotonic()
     spec = cfg.artifact.spec
@@ -204,7 +205,7 @@ def main(argv: list[str] | None = None) -> int:
         return _fail(LOCKED, error)
     except TooManyDeletions as error:
         return _fail(MANY_DELETED, error)
-    except (DownloadError, LaneFailed, StoreDamaged, StoreError, OSError) as error:
+    except (DownloadError, LaneFailed, StoreError, OSError, sqlite3.Error) as error:
         return _fail(FAILED, error)
     print(json.dumps(asdict(report)), flush=True)
     return report.exit

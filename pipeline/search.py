@@ -25,7 +25,7 @@ from pipeline.batch import BadImage, Batch
 from pipeline.config import SearchConfig, UsageError, parse_search
 from pipeline.contact_sheet import Cell, contact_sheet
 from pipeline.sources import SourceError, open_source
-from pipeline.store import Block, Generation, NoIndex, StoreDamaged, StoreError
+from pipeline.store import Block, Generation, NoIndex, StoreError
 
 DONE, FAILED, USAGE = 0, 1, 2
 BLOCK_ROWS = 65_536  # scores of one step: 0.25 MB per query, whatever the size of the index
@@ -187,7 +187,7 @@ def main(argv: list[str] | None = None) -> int:
     except (UsageError, ArtifactMissing, EngineUnavailable, NoIndex, BadImage) as error:
         print(f"error: {error}", file=sys.stderr)
         return USAGE
-    except (StoreDamaged, StoreError, OSError) as error:
+    except (StoreError, OSError) as error:
         print(f"error: {error}", file=sys.stderr)
         return FAILED
     show(cfg, hits)

@@ -7,7 +7,8 @@
         generation.keys(rows), generation.metadata(rows)
 
 What `open` resolved stays readable through later publishes, folding and pruning: mappings outlive the names of their
-files. A data file costs one descriptor, and a generation has at most 256 (33 below 40 M rows, after folding).
+files. A data file costs one descriptor: there are up to 32 small ones, one for every 400 k rows, never
+more than 256.
 """
 
 from __future__ import annotations

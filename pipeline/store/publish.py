@@ -8,7 +8,7 @@
         /metadata/<name>               text ("" where missing), int64 when complete, else float64 with NaN
 
 A vector that several keys show is stored once in the data files; its further rows are copied into index.h5 (/repeated),
-at the end of the table, so that a virtual dataset of any collection has few parts. About 8 s per million keys.
+at the end of the table, so that a virtual dataset of any collection has few parts. About 10 s per million keys.
 The virtual dataset names "shards/x.h5": valid beside INDEX/index.h5, and inside a generation through two links, so the
 first place HDF5 looks is always the right one and the folder can be moved.
 """
