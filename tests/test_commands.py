@@ -1,4 +1,4 @@
-"""What a user types: the two literal commands chain, errors are one line with a remedy, flags change only on purpose."""
+"""What a user types: the literal commands chain, errors are one line with a remedy, flags change only on purpose."""
 
 from __future__ import annotations
 
@@ -10,10 +10,11 @@ import sys
 from pathlib import Path
 
 import pytest
-from PIL import Image
 from pictures import noisy_jpeg, write_folder
-from pipeline.config import index_parser, search_parser
+from PIL import Image
 from runs import index, run_module
+
+from pipeline.config import index_parser, search_parser
 
 ROOT = Path(__file__).resolve().parents[1]
 
@@ -41,7 +42,7 @@ def test_help_has_examples(module: str) -> None:
 
 
 def test_make_engines_then_index_then_search(tmp_path: Path) -> None:
-    """The user's literal commands, with NIGHTJAR_MODEL and only the root given; the source is found in the default place."""
+    """The user's literal commands, with NIGHTJAR_MODEL set and only the root given."""
     split = tmp_path / "birds" / "train_mini"
     for number, species in enumerate(("00001_Animalia_Chordata_Aves_Order_Family_Genus_first",
                                       "00002_Animalia_Chordata_Aves_Order_Family_Genus_second")):

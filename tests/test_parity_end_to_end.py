@@ -66,7 +66,10 @@ def test_index_equals_reference(photos: dict[str, Any]) -> None:
     [
         pytest.param(lambda ref, encoded: ref.vectors(encoded, upright=False), id="exif ignored"),
         pytest.param(lambda ref, encoded: ref.vectors(encoded, resample=2), id="bilinear for bicubic"),
-        pytest.param(lambda ref, encoded: ref.vectors(encoded)[[len(encoded) - 1, *range(1, len(encoded) - 1), 0]], id="two rows swapped"),
+        pytest.param(
+            lambda ref, encoded: ref.vectors(encoded)[[len(encoded) - 1, *range(1, len(encoded) - 1), 0]],
+            id="two rows swapped",
+        ),
     ],
 )
 def test_a_wrong_pipeline_is_noticed(photos: dict[str, Any], wrong: Callable[..., npt.NDArray[Any]]) -> None:

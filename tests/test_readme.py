@@ -13,7 +13,8 @@ README = (ROOT / "README.md").read_text()
 def test_tree_matches_the_disk() -> None:
     block = README.split("## The tree")[1].split("```")[1]
     listed = {line.split()[0] for line in block.strip().splitlines()}
-    tracked = subprocess.run(["git", "ls-files"], cwd=ROOT, capture_output=True, text=True, check=True).stdout.split("\n")
+    listing = subprocess.run(["git", "ls-files"], cwd=ROOT, capture_output=True, text=True, check=True)
+    tracked = listing.stdout.splitlines()
     code = {path for path in tracked if path.endswith(".py") and not path.endswith("__init__.py")}
     on_disk = {path for path in code if not path.startswith("tests/")} | {"tests/"}
     assert listed == on_disk

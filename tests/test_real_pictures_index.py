@@ -1,4 +1,4 @@
-"""The whole collection of real, hard and broken files as one folder source, through the product: nothing lost, no crash."""
+"""The whole collection of real, hard and broken files as one folder source, through the product: nothing is lost."""
 
 from __future__ import annotations
 

@@ -1,0 +1,44 @@
+"""The demo model answers right through our own export, engine, index and search, on pictures no training has seen."""
+
+from __future__ import annotations
+
+import os
+from pathlib import Path
+
+import numpy as np
+import pytest
+from runs import index, vectors_by_key
+
+from engines.build import main as make_engines
+from engines.spec import find_artifact
+from export.demo_captions import relevance, retrieval_scores
+from export.demo_pictures import held_out_gallery
+from pipeline.search import embed_texts, top_k
+from pipeline.store import Generation
+
+DEMO = Path(__file__).resolve().parents[1] / "export" / "demo"
+R1_MIN, P9_MIN = 0.80, 0.90
+
+
+@pytest.mark.usefixtures("tiny_model")  # the session's artifact folder
+def test_held_out_pictures_and_combinations_are_found(tmp_path: Path) -> None:
+    gallery = held_out_gallery(tmp_path / "gallery")
+    assert make_engines(["--model", str(DEMO), "--runtime", "ort-cpu"]) == 0
+    ran = index(gallery.folder, tmp_path / "index", "--model", DEMO)
+    assert ran.code == 0, ran.stderr
+    assert ran.report["embedded"] == len(gallery.records) >= 500
+    by_key = vectors_by_key(tmp_path / "index")
+    keys = [record.file for record in gallery.records]
+    image_emb_nd = np.stack([np.frombuffer(by_key[key][1], np.float16) for key in keys]).astype(np.float32)
+    shown = [record.attributes for record in gallery.records]
+    artifact = find_artifact(str(DEMO), Path(os.environ["NIGHTJAR_ARTIFACTS"]))
+    with Generation.open(tmp_path / "index") as generation:
+        for name, queries in gallery.queries.items():
+            text_emb_qd = embed_texts(artifact, [query.text for query in queries])
+            scores = retrieval_scores(image_emb_nd, text_emb_qd.astype(np.float32), relevance(queries, shown))
+            assert scores["r1"] >= R1_MIN, (name, scores)
+            assert scores["p9"] >= P9_MIN, (name, scores)
+            for query_d in text_emb_qd[:20]:  # what a user gets is what was scored
+                best = np.sort(image_emb_nd @ query_d.astype(np.float32))[::-1][:9]
+                hits = top_k(generation, query_d, 9)
+                np.testing.assert_allclose([hit.score for hit in hits], best, atol=1e-3)
