@@ -4,8 +4,12 @@ from __future__ import annotations
 
 import os
 from pathlib import Path
+from typing import TYPE_CHECKING
 
 import pytest
+
+if TYPE_CHECKING:
+    from engines.build import Report
 
 # Two threads for two cores: more only makes the tests fight each other.
 os.environ.setdefault("OMP_NUM_THREADS", "2")
@@ -37,3 +41,13 @@ def tiny_model(tmp_path_factory: pytest.TempPathFactory) -> Path:
     os.environ["NIGHTJAR_ARTIFACTS"] = str(tmp_path_factory.mktemp("artifacts"))
     assert make_engines(["--model", str(folder), "--runtime", "ort-cpu"]) == 0
     return folder
+
+
+@pytest.fixture(scope="session")
+def all_engines(tmp_path_factory: pytest.TempPathFactory) -> Report:
+    """A tiny model with every engine of this host, in an artifact folder of its own (one C++ compilation, 20 s)."""
+    from engines.build import build_engines
+    from export.random_model import write_random_model
+
+    model = write_random_model(tmp_path_factory.mktemp("model") / "tiny", "tiny")
+    return build_engines(str(model), root=tmp_path_factory.mktemp("artifacts"))
