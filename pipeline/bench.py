@@ -68,7 +68,7 @@ def index_command(root: Path, out: Path, model: str) -> list[str]:
 # ---- race --------------------------------------------------------------------------------------------------------
 
 
-def race(pictures: Path, model: str, images: int, rounds: int) -> dict[str, Any]:
+def race(pictures: Path, model: str, images: int, rounds: int, fastembed_python: str) -> dict[str, Any]:
     """Medians over `rounds` of images/s, and of each contestant's ratio to ours within a round."""
     jpegs = sorted(path for path in pictures.rglob("*.jpg"))
     if not jpegs:
@@ -79,7 +79,9 @@ def race(pictures: Path, model: str, images: int, rounds: int) -> dict[str, Any]
             unique_copies(jpegs, work / str(count), count)
         contestants: dict[str, Callable[[Path], float]] = {
             "nightjar": lambda root: _timed_index(root, work, model),
-            **{who: _peer(who, model, work) for who in ("hf-one", "hf-batched", "fastembed")},
+            "hf-one": _peer("hf-one", sys.executable, model, work),
+            "hf-batched": _peer("hf-batched", sys.executable, model, work),
+            "fastembed": _peer("fastembed", fastembed_python, model, work),
         }
         _give_fastembed_its_graph(model)
         table: list[dict[str, float]] = []
@@ -107,9 +109,9 @@ def _timed_index(root: Path, work: Path, model: str) -> float:
     return float(report["seconds"])
 
 
-def _peer(who: str, model: str, work: Path) -> Callable[[Path], float]:
+def _peer(who: str, python: str, model: str, work: Path) -> Callable[[Path], float]:
     def run(root: Path) -> float:
-        result = last_json([sys.executable, str(PEERS), who, model, str(root), str(work / f"{who}.npy")])
+        result = last_json([python, str(PEERS), who, model, str(root), str(work / f"{who}.npy")])
         assert result["images"] == len(os.listdir(root)), result
         return float(result["seconds"])
 
@@ -227,10 +229,11 @@ def main(argv: list[str] | None = None) -> None:
     parser.add_argument("--model", help="race, memory: model folder whose engines are built")
     parser.add_argument("--images", type=int, nargs="+", default=[128], help="race: N; memory: every count")
     parser.add_argument("--rounds", type=int, default=3)
+    parser.add_argument("--fastembed-python", default=sys.executable, help="race: an environment that has fastembed")
     parser.add_argument("--out", type=Path, required=True, help="folder of result files")
     args = parser.parse_args(argv)
     measure: dict[str, Callable[[], dict[str, Any]]] = {
-        "race": lambda: race(args.pictures, args.model, args.images[0], args.rounds),
+        "race": lambda: race(args.pictures, args.model, args.images[0], args.rounds, args.fastembed_python),
         "memory": lambda: memory(args.pictures, args.model, args.images),
         "store": lambda: store(131_072, 512, args.rounds),
     }

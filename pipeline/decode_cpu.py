@@ -13,6 +13,7 @@ a process share one budget of about that much, whatever their number.
 
 from __future__ import annotations
 
+import struct
 import threading
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
@@ -39,7 +40,7 @@ from pillow_heif import HeifImageFile
 
 from engines.spec import Preprocess
 from pipeline.batch import BadImage, Mark, Reason
-from pipeline.headers import JpegHeader, Kind, end_is_missing, read_jpeg_header, sniff, still_png
+from pipeline.headers import JpegHeader, Kind, end_is_missing, png_sizes_inside, read_jpeg_header, sniff, still_png
 
 Pixels = npt.NDArray[np.uint8]
 
@@ -127,6 +128,9 @@ def decode(encoded: bytes, pre: Preprocess) -> Decoded:
         raise BadImage("unsupported_format", f"{kind} is not read here; convert it to PNG, JPEG or WebP")
     if kind == "png":
         encoded = still_png(encoded)
+    elif kind == "ico":  # Pillow decodes it while opening
+        for width, height in png_sizes_inside(encoded):
+            _scale(width, height, pre.exact_pixels_max, can_scale=False)
     return _decode_pillow(kind, encoded, pre, can_scale=kind == "jpeg2000")
 
 
@@ -218,7 +222,7 @@ def _orientation(picture: ImageFile) -> int:
     """As `ImageOps.exif_transpose` reads it, after loading; a broken EXIF block leaves the picture as it is."""
     try:
         value = picture.getexif().get(ExifTags.Base.Orientation, 1)
-    except (SyntaxError, ValueError, TypeError, KeyError, IndexError, OSError, EOFError, AttributeError):
+    except (SyntaxError, ValueError, TypeError, KeyError, IndexError, OSError, EOFError, AttributeError, struct.error):
         return 1
     return int(value) if value in range(1, 9) else 1
 

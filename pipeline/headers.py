@@ -10,6 +10,7 @@ from __future__ import annotations
 
 import re
 import struct
+from collections.abc import Iterator
 from typing import Literal, NamedTuple, TypeAlias
 
 Kind: TypeAlias = Literal[
@@ -45,6 +46,7 @@ MAGIC: tuple[tuple[bytes, Kind], ...] = (
 )
 HEIF_BRANDS = (b"heic", b"heix", b"heim", b"heis", b"hevc", b"hevx", b"mif1", b"msf1")
 
+JPEG_SOS, JPEG_EOI = 0xDA, 0xD9
 JPEG_SOF = frozenset({*range(0xC0, 0xD0)} - {0xC4, 0xC8, 0xCC})  # start of frame; the three others are tables
 JPEG_SOF_PROGRESSIVE = frozenset({0xC2, 0xC6, 0xCA, 0xCE})
 JPEG_SOF_LOSSLESS = frozenset({0xC3, 0xC7, 0xCB, 0xCF})
@@ -54,6 +56,7 @@ XMP_MARK = b"http://ns.adobe.com/xap/1.0/\0"
 XMP_ORIENTATION = re.compile(rb'tiff:Orientation(?:="|>)([1-8])')
 # What a still picture needs of a PNG; animation chunks, colour profiles and most text only cost time and memory.
 PNG_DROP = frozenset({b"acTL", b"fcTL", b"fdAT", b"iCCP"})
+PNG_SIZE = re.compile(rb"IHDR(.{8})", re.DOTALL)
 PNG_TEXT = frozenset({b"tEXt", b"zTXt", b"iTXt"})
 PNG_TEXT_KEEP = (b"XML:com.adobe.xmp\0", b"Raw profile type exif\0")  # the two that may hold an orientation
 
@@ -85,20 +88,32 @@ def sniff(encoded: bytes) -> Kind | None:
     return None
 
 
-def read_jpeg_header(encoded: bytes) -> JpegHeader | None:
-    """Size, memory need and orientation; `None` when the segments do not follow each other up to a scan."""
-    at, size = 2, len(encoded)
-    frame: tuple[int, int, int, int, int] | None = None
-    orientation, xmp = 0, b""
-    while at + 4 <= size and encoded[at] == 0xFF:
+def _jpeg_segments(encoded: bytes) -> Iterator[tuple[int, int, int]]:
+    """(marker, start, end) of each segment, through the first scan's or up to garbage; the last may be cut off."""
+    at = 2
+    while at + 4 <= len(encoded) and encoded[at] == 0xFF:
         marker = encoded[at + 1]
         if marker == 0xFF:  # padding
             at += 1
             continue
-        body, end = at + 4, at + 2 + int.from_bytes(encoded[at + 2 : at + 4], "big")
-        if end < body or end > size:
+        length = int.from_bytes(encoded[at + 2 : at + 4], "big")
+        if length < 2:
+            return
+        yield marker, at, at + 2 + length
+        if marker == JPEG_SOS:
+            return
+        at += 2 + length
+
+
+def read_jpeg_header(encoded: bytes) -> JpegHeader | None:
+    """Size, memory need and orientation; `None` when the segments do not follow each other up to a scan."""
+    frame: tuple[int, int, int, int, int] | None = None
+    orientation, xmp = 0, b""
+    for marker, at, end in _jpeg_segments(encoded):
+        body = at + 4
+        if end > len(encoded):
             return None
-        if marker == 0xDA:  # the first scan: all that is declared before it is known
+        if marker == JPEG_SOS:  # all that is declared before it is known
             return _jpeg_header(frame, encoded[body], orientation or _xmp_orientation(xmp) or 1, at) if frame else None
         if marker in JPEG_SOF:
             if end - body < 6 or frame:
@@ -110,7 +125,6 @@ def read_jpeg_header(encoded: bytes) -> JpegHeader | None:
                 orientation = exif_orientation(segment[6:])
             elif segment.startswith(XMP_MARK):
                 xmp = segment
-        at = end
     return None
 
 
@@ -125,8 +139,7 @@ def _jpeg_header(
 def end_is_missing(kind: Kind, encoded: bytes) -> bool:
     """Whether the file ends before its picture does, by what its container says; False where it does not say."""
     if kind == "jpeg":
-        header = read_jpeg_header(encoded)
-        return b"\xff\xd9" not in encoded if header is None else not _jpeg_ends(encoded, header.scan_at)
+        return _jpeg_is_cut(encoded)
     if kind == "webp":
         return int.from_bytes(encoded[4:8], "little") + 8 > len(encoded)
     if kind == "tiff":
@@ -135,15 +148,19 @@ def end_is_missing(kind: Kind, encoded: bytes) -> bool:
     return in_boxes and _boxes_run_over(encoded)
 
 
-def _jpeg_ends(encoded: bytes, scan_at: int) -> bool:
-    """Whether an end of image follows the scans. One in a thumbnail, or in a table between scans, does not count."""
-    at = scan_at
-    while marker := JPEG_MARKER.search(encoded, at):
-        at = marker.end()
-        if encoded[at - 1] == 0xD9:
-            return True
+def _jpeg_is_cut(encoded: bytes) -> bool:
+    """Whether no end of image follows the scans. One in a thumbnail, or in a table between scans, does not count."""
+    marker, at, end = 0, 0, 2
+    for marker, at, end in _jpeg_segments(encoded):  # noqa: B007 - the last is what counts
+        pass
+    if marker != JPEG_SOS:
+        return end + 4 > len(encoded)  # else there is garbage between segments, and nothing can be said
+    while found := JPEG_MARKER.search(encoded, at):
+        at = found.end()
+        if encoded[at - 1] == JPEG_EOI:
+            return False
         at += int.from_bytes(encoded[at : at + 2], "big")
-    return False
+    return True
 
 
 def _boxes_run_over(encoded: bytes) -> bool:
@@ -178,6 +195,11 @@ def exif_orientation(exif: bytes) -> int:
             (value,) = struct.unpack_from(order + ("H" if kind == 3 else "I"), exif, entry + 8)
             return value if 1 <= value <= 8 else 0
     return 0
+
+
+def png_sizes_inside(encoded: bytes) -> list[tuple[int, int]]:
+    """(width, height) of the PNGs in an icon: its own directory can say 16 x 16 of a picture that fills memory."""
+    return [struct.unpack(">II", found[1]) for found in PNG_SIZE.finditer(encoded)]
 
 
 def still_png(encoded: bytes) -> bytes:

@@ -235,7 +235,8 @@ class LaneProcess:
         now = time.monotonic()
         done, self.tick = self.tick, Tick()
         done.seconds, self.tick_start_s = now - self.tick_start_s, now
-        self._send(done)
+        if done.rows:
+            self._send(done)
 
     def _send(self, message: object) -> None:
         with self.send_lock:

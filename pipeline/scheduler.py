@@ -159,7 +159,7 @@ class Sharing:
             case Done():
                 self._commit(lane, message)
             case Tick():
-                if message.rows and message.seconds >= TICK_S:  # shorter ones end a chunk
+                if message.seconds >= TICK_S:  # shorter ones end a chunk
                     lane.rows_per_s = message.rows / message.seconds
                 self.totals.bound_s[message.bound] += message.seconds
                 self.on_tick(lane, message, self.totals)

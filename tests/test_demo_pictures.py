@@ -13,11 +13,11 @@ from PIL import Image
 
 from export import demo_model
 from export.demo_captions import (
+    BACKGROUNDS,
     COLOURS,
-    HELD_OUT_PAIRS,
+    HELD_OUT,
     PAIRS,
     SHAPES,
-    TRAINING_PAIRS,
     Attributes,
     Query,
     full_query,
@@ -98,8 +98,8 @@ def test_a_picture_shows_its_attributes() -> None:
         assert 0.01 < inked.mean() < 0.4
         ys, xs = np.nonzero(inked)
         square = min(width, height)
-        assert np.abs(xs - width / 2).max() < square / 2, "drawn outside of the central square"
-        assert np.abs(ys - height / 2).max() < square / 2, "drawn outside of the central square"
+        outside = (np.abs(xs - width / 2) > square / 2) | (np.abs(ys - height / 2) > square / 2)
+        assert outside.mean() < 0.05, "a centre crop would cut off more than a tip"
         if shown.count == 1:
             right, low = (xs.mean() - width / 2) / square, (ys.mean() - height / 2) / square
             assert (right > 0.06) == ("right" in shown.position)
@@ -112,20 +112,20 @@ def test_a_picture_shows_its_attributes() -> None:
 # --- captions and truth
 
 
-def test_training_never_draws_a_held_out_pair() -> None:
-    assert sorted(colour for colour, _ in HELD_OUT_PAIRS) == sorted(COLOURS)
-    assert sorted(shape for _, shape in HELD_OUT_PAIRS) == sorted(SHAPES) == sorted(OUTLINES)
-    assert not set(TRAINING_PAIRS) & set(HELD_OUT_PAIRS)
+def test_training_never_draws_a_held_out_combination() -> None:
+    assert sorted(SHAPES) == sorted(OUTLINES)
+    for place, names in enumerate((COLOURS, SHAPES)):
+        assert all(sum(combination[place] == name for combination in HELD_OUT) == 2 for name in names)
+    assert {(colour, shape, paper) for colour, shape in PAIRS for paper in BACKGROUNDS} > HELD_OUT
     drawn = demo_model.draw_some(0, 0, 150).attributes
-    assert not {(a.colour, a.shape) for a in drawn} & set(HELD_OUT_PAIRS)
+    assert not {(a.colour, a.shape, a.background) for a in drawn} & HELD_OUT
     draw = rng()
-    everything = {(a.colour, a.shape) for a in (random_attributes(draw) for _ in range(2000))}
-    assert set(HELD_OUT_PAIRS) < everything, "this test could not have failed"
+    everything = {(a.colour, a.shape, a.background) for a in (random_attributes(draw) for _ in range(2000))}
+    assert everything > HELD_OUT, "this test could not have failed"
 
 
 def test_captions_read_as_people_write_them() -> None:
     assert phrase(colour="red", shape="circle", counts=(1,)).text == "a red circle"
-    assert phrase(colour="orange", shape="star", counts=(1,)).text == "an orange star"
     assert phrase(shape="cross", counts=(2, 3, 4)).text == "crosses"
     assert full_query(Attributes("green", "square", "white", 3)).text == "three green squares on a white background"
     single = Attributes("blue", "star", "black", 1, "small", "top left")
@@ -159,15 +159,16 @@ def test_scores_know_right_from_wrong() -> None:
         retrieval_scores(image_emb, np.eye(2, dtype=np.float32)[:1], relevant[:1])
 
 
-def test_gallery_asks_about_seen_and_unseen_pairs() -> None:
+def test_gallery_asks_about_seen_and_unseen_combinations() -> None:
     shown = held_out_attributes(1000)
     assert len(shown) >= 500
     for name, queries in held_out_queries(shown).items():
         meant = relevance(queries, shown).sum(1)
         assert meant.min() >= 1
         assert (meant < 9).sum() >= 100, "captions for R@1"
-        assert (meant >= 9).sum() >= 16, "texts for P@9"
-        assert {(query.colour, query.shape) in HELD_OUT_PAIRS for query in queries} == {name == "unseen"}
+        assert (meant >= 9).sum() >= 12, "texts for P@9"
+        unseen = {(query.colour, query.shape, query.background) in HELD_OUT for query in queries}
+        assert unseen == {name == "unseen"}
 
 
 # --- tokenizer and model directory
