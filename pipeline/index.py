@@ -162,7 +162,7 @@ def lane_specs(cfg: Config) -> list[LaneSpec]:
         LaneSpec(
             name=f"{device}:{number}", source=cfg.source, artifact_path=cfg.artifact.path, preprocess=spec.preprocess,
             runtime=cfg.runtime, precision=cfg.precision, engine_threads=cfg.engine_threads,
-            decode_threads=cfg.decode_threads, space=spec.space,
+            decode_threads=cfg.decode_threads, space=spec.space, log_path=cfg.out / "runs" / f"{device}-{number}.log",
         )
         for number, device in enumerate(cfg.devices)
     ]

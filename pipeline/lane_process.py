@@ -10,6 +10,8 @@ Queues are bounded and time both ends; the engine is the slow stage on CPUs, so 
 from __future__ import annotations
 
 import ctypes
+import faulthandler
+import logging
 import os
 import queue
 import signal
@@ -59,6 +61,10 @@ class Work:
 def lane_main(spec: LaneSpec, conn: Connection, board: Board) -> None:
     """Entry point of the child process."""
     _die_with_parent()
+    log_file = spec.log_path.open("w")
+    os.dup2(log_file.fileno(), 2)  # libtiff and its like print to file descriptor 2, in the middle of a progress bar
+    faulthandler.enable(log_file)
+    logging.captureWarnings(True)
     for number in (signal.SIGINT, signal.SIGTERM):  # the coordinator decides; it sets the board's stop flag
         signal.signal(number, signal.SIG_IGN)
     try:

@@ -132,6 +132,7 @@ class LaneSpec:
     engine_threads: int
     decode_threads: int
     space: str
+    log_path: Path  # what C libraries print, and the stack of a crash
 
 
 @dataclass

@@ -211,11 +211,11 @@ class Sharing:
         if self.deaths >= LANE_DEATHS_MAX:
             raise LaneFailed(
                 f"{lane.spec.name} died {self.deaths} times in a row (exit code {lane.process.exitcode}) with no "
-                "picture in hand: out of memory, or a fault of the engine; see the system log"
+                f"picture in hand: out of memory, or a fault of the engine; see the system log and {lane.spec.log_path}"
             )
         log.warning(
-            "%s died (exit code %s); %d unfinished rows are retried, %d of them alone",
-            lane.spec.name, lane.process.exitcode, len(rows), len(in_hand) if rows else 0,
+            "%s died (exit code %s); %d unfinished rows are retried, %d of them alone; its last words: %s",
+            lane.spec.name, lane.process.exitcode, len(rows), len(in_hand) if rows else 0, lane.spec.log_path,
         )
         self.suspects.extend(row for row in rows if row.id in in_hand)
         self.returned.extend(row for row in rows if row.id not in in_hand)
