@@ -37,8 +37,11 @@ lint: setup  ## ruff, mypy --strict, import contracts
 	$(VENV)/bin/mypy
 	$(VENV)/bin/lint-imports
 
-bench: setup  ## the figures of docs/benchmarks on this host
-	$(RUN) -m pipeline.bench
+bench: setup  ## the figures of docs/benchmarks on this host: PICTURES=folder-of-jpegs MODEL=folder [OUT=...]
+	$(RUN) -m engines.build --model $(MODEL)
+	$(RUN) -m pipeline.bench store --out $(OUT)
+	$(RUN) -m pipeline.bench memory --pictures $(PICTURES) --model $(MODEL) --images 1000 10000 --out $(OUT)
+	$(RUN) -m pipeline.bench race --pictures $(PICTURES) --model $(MODEL) --images 48 --out $(OUT)
 
 gpu-bundle: setup  ## offline bundle of wheels for an air-gapped Python 3.12 / CUDA 13 host, into bundle/
 	$(RUN) docker/gpu_bundle.py bundle
