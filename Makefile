@@ -21,10 +21,10 @@ $(VENV)/.done: pyproject.toml constraints.txt
 	@touch $@
 
 demo: setup  ## generated pictures in, index and nine answers out, with the model that ships here (minutes)
-	$(RUN) -m export.demo_pictures $(OUT)/pictures --count 300 --seed 7
+	$(RUN) -m export.demo_pictures $(OUT)/pictures --count 900 --seed 7
 	$(RUN) -m engines.build --model export/demo
 	$(RUN) -m pipeline.index --source folder --root $(OUT)/pictures --model export/demo --out $(OUT)/index
-	$(RUN) -m pipeline.search "a red circle" --out $(OUT)/index --grid $(OUT)/nine.png
+	$(RUN) -m pipeline.search "a blue star" --out $(OUT)/index --grid $(OUT)/nine.png
 
 engines: setup  ## export, compile and check the model for this host [MODEL=hub-id-or-folder]
 	@$(RUN) -m engines.build $(if $(MODEL),--model $(MODEL)) $(if $(RUNTIME),--runtime $(RUNTIME))
