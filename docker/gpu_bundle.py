@@ -53,7 +53,7 @@ PINS = (
     Pin("cuda-bindings", "13.0.3", "13.0", "events and streams without torch"),
     Pin("cuda-pathfinder", "1.9.0", "1.3", "needed by cuda-bindings"),
     Pin("simplejpeg", "1.9.0", "1.8", "CPU decode of JPEG"),
-    Pin("pillow", "13.0.0", "12.0", "CPU decode of the rest"),
+    Pin("pillow", "13.0.0", "13.0", "CPU decode of the rest"),
     Pin("pillow-heif", "1.8.1", "1.1", "CPU decode of HEIC"),
     Pin("blake3", "1.0.11", "1.0.8", "content hashes"),
     Pin("h5py", "3.16.0", "3.14", "shards"),
