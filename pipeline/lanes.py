@@ -151,19 +151,18 @@ class Lane:
 
     @classmethod
     def start(cls, spec: LaneSpec) -> Lane:
-        from pipeline.lane_process import lane_main
-
         context = multiprocessing.get_context("spawn")
         ours, theirs = context.Pipe()
         board = Board(spec.decode_threads)
-        process = context.Process(target=lane_main, args=(spec, theirs, board), name=spec.name, daemon=True)
+        process = context.Process(target=_child, args=(spec, theirs, board), name=spec.name, daemon=True)
         process.start()
         theirs.close()  # so that the child's death is an end of file here
         return cls(spec, process, ours, board)
 
     def give(self, chunk: Chunk) -> None:
         self.chunks[chunk.number] = chunk
-        self.conn.send(chunk)
+        with contextlib.suppress(BrokenPipeError):  # it has just died: the end of file on its pipe returns the rows
+            self.conn.send(chunk)
 
     def kill(self) -> None:
         self.process.kill()
@@ -176,3 +175,10 @@ class Lane:
             self.conn.send(None)
         self.process.join(timeout=5)
         self.kill()
+
+
+def _child(spec: LaneSpec, conn: Connection, board: Board) -> None:
+    """Imports torch in the child alone: in the coordinator it would cost 150 MB and more than a second of start-up."""
+    from pipeline.lane_process import lane_main
+
+    lane_main(spec, conn, board)

@@ -149,7 +149,7 @@ class Sharing:
             lane = by_conn[conn]  # type: ignore[index]
             try:
                 self._handle(lane, lane.conn.recv())
-            except (EOFError, ConnectionResetError):
+            except (EOFError, ConnectionError):
                 self._bury(lane)
 
     def _handle(self, lane: Lane, message: Message) -> None:
