@@ -8,7 +8,7 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 from dataclasses import dataclass, field
-from typing import Literal, NamedTuple, TypeAlias
+from typing import Literal, NamedTuple, Protocol, TypeAlias
 
 import numpy as np
 import numpy.typing as npt
@@ -53,6 +53,17 @@ class BadImage(Exception):
     def __init__(self, reason: Reason, words: str) -> None:
         super().__init__(f"{reason}: {words}")
         self.failure = Failure(reason, words)
+
+
+class Posted(Protocol):
+    """Where a worker says which row it has in hand, so that a crash or a hang can be blamed."""
+
+    def start(self, worker: int, row_id: int, deadline_s: float) -> None: ...
+    def finish(self, worker: int) -> None: ...
+
+
+class DeviceUnavailable(Exception):
+    """A device cannot be had, or gives wrong pictures; the message says why and what to do."""
 
 
 @dataclass(slots=True)

@@ -23,7 +23,8 @@ from PIL import Image, ImageOps
 
 from engines.spec import Preprocess
 from pipeline.batch import BadImage
-from pipeline.stages_cpu import decode, resize_crop
+from pipeline.decode_cpu import decode
+from pipeline.resize_cpu import resize_crop
 from tests.compare import PIXEL_LEVELS_MAX, assert_pixels_close
 from tests.test_stages_cpu import reference
 
