@@ -11,7 +11,7 @@ import logging
 from functools import lru_cache
 from importlib import import_module, metadata
 from pathlib import Path
-from typing import Any, Literal, NamedTuple, Protocol, cast
+from typing import Any, Literal, NamedTuple, Protocol, TypeAlias, cast
 
 import numpy as np
 import numpy.typing as npt
@@ -22,11 +22,19 @@ from engines.spec import Artifact, EngineCard, Precision, Tower
 
 log = logging.getLogger(__name__)
 
+Device: TypeAlias = Literal["cpu", "gpu"]
 # Name -> "module:class", called with (card_path, card, threads, batch).
-RUNTIMES: dict[str, str] = {
+CPU_RUNTIMES: dict[str, str] = {
     "ort-cpu": "engines.ort:OrtCpuEngine",
     "aoti-cpu": "engines.aoti:AotiCpuEngine",
 }
+GPU_RUNTIMES: dict[str, str] = {
+    "tensorrt": "engines.ort_gpu:TensorRtEngine",
+    "cuda": "engines.ort_gpu:CudaEngine",
+    "aoti-cuda": "engines.aoti_gpu:AotiCudaEngine",
+    "tensorrt-rtx": "engines.trt_gpu:TensorRtRtxEngine",
+}
+RUNTIMES = {**CPU_RUNTIMES, **GPU_RUNTIMES}
 
 
 class EngineUnavailable(Exception):
@@ -39,8 +47,11 @@ class Engine(Protocol):
     card: EngineCard
     slots: int
 
-    def input(self, slot: int) -> npt.NDArray[Any]:
-        """The buffer the stage before writes into: (b, 3, s, s) float32 for vision, (b, context) int32 for text."""
+    def input(self, slot: int) -> Any:
+        """The buffer the stage before writes into: (b, 3, s, s) for vision, (b, context) for text, `card.input_dtype`.
+
+        It lies where the engine computes: a numpy array on the CPU, an `engines.memory_gpu.DeviceArray` on a GPU.
+        """
         ...
 
     def launch(self, slot: int, n: int) -> None:
@@ -67,17 +78,21 @@ def open_engine(
     precision: Precision | Literal["auto"] = "auto",
     threads: int | None = None,
     batch: int | None = None,
+    device: Device | None = None,
 ) -> Engine:
     """The fastest engine of `artifact` that this host may run and that fits what was named.
 
-    `threads` defaults to the physical cores this process may use, `batch` to what suits the engine and the threads.
+    `threads` defaults to the physical cores this process may use, `batch` to what suits the engine and the threads,
+    `device` to where the named runtime runs, and the CPU. On a GPU it is the first that this process sees.
 
     Raises:
         EngineUnavailable: no such engine, with the reason for each that came close and the command that builds one.
     """
-    path, card, reason = choose(artifact, tower, runtime, precision)
+    path, card, reason = choose(artifact, tower, runtime, precision, device)
     log.info("%s engine: %s", tower, reason)
-    if not card.passed:
+    if not card.verified:
+        log.warning("%s was built without a GPU and never compared with the reference: unverified", path.parent.name)
+    elif not card.passed:
         log.warning("%s missed its accuracy bar when it was built: %s", path.parent.name, card.parity)
     return load_engine(path, card, threads or physical_cores(), batch)
 
@@ -87,23 +102,28 @@ def choose(
     tower: Tower,
     runtime: str = "auto",
     precision: Precision | Literal["auto"] = "auto",
+    device: Device | None = None,
 ) -> Choice:
     """Which engine `open_engine` opens, and why."""
     if runtime not in {"auto", *RUNTIMES}:
         raise EngineUnavailable(f"unknown runtime {runtime!r}; known: auto, {', '.join(RUNTIMES)}")
+    device = device or device_of(runtime)
+    if runtime != "auto" and device != device_of(runtime):
+        raise EngineUnavailable(f"runtime {runtime} runs on a {device_of(runtime)}, this lane is a {device}")
     asked = [
         (path, card)
         for path, card in artifact.cards()
-        if card.tower == tower and runtime in ("auto", card.runtime) and precision in ("auto", card.precision)
+        if card.tower == tower
+        and device_of(card.runtime) == device
+        and runtime in ("auto", card.runtime)
+        and precision in ("auto", card.precision)
     ]
     refused: list[str] = []
     fit: list[tuple[Path, EngineCard]] = []
     for path, card in asked:
-        why = refusal(artifact, path, card) or (
-            f"missed its accuracy bar ({card.parity}); name the runtime to use it all the same"
-            if runtime == "auto" and not card.passed
-            else ""
-        )
+        why = refusal(artifact, path, card) or (_doubt(card) if runtime == "auto" else "")
+        if not why and precision == "auto" and card.precision == "int8":
+            why = "int8 is only taken where it is named (--precision int8)"
         if why:
             refused.append(f"{path.parent.name}: {why}")
         else:
@@ -120,6 +140,17 @@ def choose(
     return Choice(path, card, "; ".join([reason, *(f"passed over {why}" for why in refused)]))
 
 
+def _doubt(card: EngineCard) -> str:
+    """Why `auto` passes an engine over that may run here; empty where it does not."""
+    if not card.verified:
+        return "built without a GPU, never compared with the reference; name the runtime to use it all the same"
+    return "" if card.passed else f"missed its accuracy bar ({card.parity}); name the runtime to use it all the same"
+
+
+def device_of(runtime: str) -> Device:
+    return "gpu" if runtime in GPU_RUNTIMES else "cpu"
+
+
 def load_engine(path: Path, card: EngineCard, threads: int, batch: int | None = None) -> Engine:
     """The engine of one card, unchecked."""
     module, _, name = RUNTIMES[card.runtime].partition(":")
@@ -128,8 +159,23 @@ def load_engine(path: Path, card: EngineCard, threads: int, batch: int | None = 
 
 def refusal(artifact: Artifact, path: Path, card: EngineCard) -> str:
     """Why this host must not run the engine of `card`; empty where it may."""
-    if card.host != host_id():
-        return f"built for {card.host}, this host is {host_id()}"
+    return _wrong_host(card) or stale(artifact, path, card)
+
+
+def _wrong_host(card: EngineCard) -> str:
+    if device_of(card.runtime) == "cpu":
+        return "" if card.host == host_id() else f"built for {card.host}, this host is {host_id()}"
+    from engines.memory_gpu import gpu_problem, gpus
+
+    if problem := gpu_problem():
+        return problem
+    # What was built without a GPU is for every GPU of its compute capability.
+    have = {gpu.identity if card.verified else gpu.sm for gpu in gpus()}
+    return "" if card.host in have else f"built for {card.host}, here is {', '.join(sorted(have))}"
+
+
+def stale(artifact: Artifact, path: Path, card: EngineCard) -> str:
+    """Why the engine of `card` no longer belongs to `artifact` and to what is installed; empty where it does."""
     if card.weights_digest != artifact.spec.weights_digest:
         return f"built from weights {card.weights_digest[:8]}, the artifact has {artifact.spec.weights_digest[:8]}"
     for package, built_with in card.versions.items():

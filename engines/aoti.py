@@ -24,7 +24,7 @@ from engines import EngineUnavailable
 from engines.spec import EngineCard, Precision
 
 RUNS_PER_WORKER = 2  # in one batch, so that a worker that was held up leaves its second run to the others
-TORCH_DTYPES = {"float32": "float32", "int32": "int32", "bf16": "bfloat16", "fp32": "float32"}
+TORCH_DTYPES = {"float32": "float32", "int32": "int32", "bf16": "bfloat16", "fp32": "float32", "int8": "int8"}
 
 
 class LibTorch:
@@ -66,13 +66,19 @@ class LibTorch:
     def square_product(self, precision: Precision, size: int, threads: int) -> Callable[[], None]:
         """A call that multiplies two random size x size matrices: what the GEMM peak is measured with."""
         values = np.random.default_rng(0).standard_normal((3, size, size), dtype=np.float32)
+        sums = np.zeros((size, size), np.int32) if precision == "int8" else values[2]
         if precision == "bf16":
             values = (values.view(np.uint32) >> 16).astype(np.uint16)  # the upper half of a float32 is a bfloat16
-        a, b, product = (self.tensor(matrix.ctypes.data, matrix.shape, precision) for matrix in values)
+            sums = values[2]
+        elif precision == "int8":
+            values = (values * 40).astype(np.int8)
+        a, b = (self.tensor(matrix.ctypes.data, matrix.shape, precision) for matrix in values[:2])
+        product = self.tensor(sums.ctypes.data, sums.shape, "int32" if precision == "int8" else precision)
+        function = "aoti_torch_cpu__int_mm_out" if precision == "int8" else "aoti_torch_cpu_mm_out"
 
-        def multiply(_keeps: npt.NDArray[Any] = values) -> None:
+        def multiply(_keeps: tuple[npt.NDArray[Any], ...] = (values, sums)) -> None:
             self.use_threads(threads)
-            _expect_ok(self._lib.aoti_torch_cpu_mm_out(product, a, b), "aoti_torch_cpu_mm_out")
+            _expect_ok(getattr(self._lib, function)(product, a, b), function)
 
         return multiply
 

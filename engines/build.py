@@ -3,11 +3,13 @@
     python -m engines.build --model openai/clip-vit-base-patch32
     python -m engines.build --model ./my-clip --runtime ort-cpu
     python -m engines.build --precision bf16 --json
+    python -m engines.build --runtime tensorrt-rtx --target sm89     # for a GPU that is not here
 
 `ort-cpu` is always built: it is the reference, and it answers text queries. `aoti-cpu` is built where there is a C++
 compiler: 80 s for B/32 on 2 cores, 1.2 to 1.3 times as fast in fp32. Engines of one run are timed in turns, with the
 GEMM peak between them, because on a shared machine only such ratios mean something. A second run over unchanged input
-compares digests and returns within seconds without loading torch.
+compares digests and returns within seconds without loading torch. On a host with a GPU its engines are built and gated
+too (`build_gpu`).
 Exit codes: 0 done, 1 an engine missed its accuracy bar, 2 usage or configuration.
 """
 
@@ -18,7 +20,6 @@ import json
 import logging
 import os
 import shutil
-import statistics
 import sys
 import tempfile
 import time
@@ -27,15 +28,29 @@ from importlib import metadata
 from pathlib import Path
 from typing import cast
 
-from engines import RUNTIMES, EngineUnavailable, choose, file_digest, gate, load_engine, ort, refusal
-from engines.hardware import gemm_peak_gflops, host_id, physical_cores
+from engines import (
+    GPU_RUNTIMES,
+    RUNTIMES,
+    EngineUnavailable,
+    build_gpu,
+    choose,
+    device_of,
+    file_digest,
+    gate,
+    load_engine,
+    ort,
+    refusal,
+    stale,
+)
+from engines.hardware import host_id, physical_cores
+from engines.memory_gpu import OutOfGpuMemory
 from engines.plan import COMPILED, PrecisionWish, Want, plan, write_whole
+from engines.rates import measure_rates
 from engines.spec import Artifact, EngineCard, artifacts_root, default_model
 
 log = logging.getLogger(__name__)
 
 RECIPE = 1  # raise it when the same graph would be built differently: engines of another recipe are built again
-ROUNDS = 5
 
 
 @dataclass
@@ -44,7 +59,7 @@ class Draft:
 
     folder: Path
     card: EngineCard
-    engine: gate.ExactEngine
+    engine: gate.ExactEngine | None  # None: for a GPU that is not here
 
 
 @dataclass
@@ -63,10 +78,12 @@ def build_engines(
     *,
     allow_inaccurate: bool = False,
     root: Path | None = None,
+    target: str | None = None,
 ) -> Report:
     """Export `model` and build what is missing or stale of its engines for this host.
 
     Engines that pass are kept even when another one fails: `Report.failures` then holds the measured numbers.
+    `target` is the SM of a GPU that is not here, such as "sm89".
 
     Raises:
         EngineUnavailable: what was named cannot be built here.
@@ -76,6 +93,9 @@ def build_engines(
 
     artifact = export_artifact(model, root or artifacts_root())
     wanted, notes = plan(artifact, runtime, precision)
+    if target is not None or runtime in ("auto", *GPU_RUNTIMES):
+        wanted_gpu, notes_gpu = build_gpu.plan_gpu(artifact, runtime, precision, RECIPE, target)
+        wanted, notes = [*wanted, *wanted_gpu], [*notes, *notes_gpu]
     missing = [want for want in wanted if not _is_current(artifact, want, allow_inaccurate)]
     failures: list[gate.GateFailed] = []
     # Beside engines/, not in it: the card names the graph as ../../onnx/, which must hold before and after the move.
@@ -85,18 +105,22 @@ def build_engines(
             log.info("building %s %s %s", want.tower, want.runtime, want.precision)
             try:
                 draft = _draft(artifact, want, Path(scratch) / want.folder)
-            except EngineUnavailable as error:
+                parity = draft.engine and gate.measure(draft.engine, *gate.golden(artifact, want.tower))
+            except (EngineUnavailable, OutOfGpuMemory) as error:
                 if runtime != "auto":
                     raise
                 notes.append(f"{error}. Going on without it")
                 continue
-            parity = gate.measure(draft.engine, *gate.golden(artifact, want.tower))
-            draft.card = replace(draft.card, parity=parity.as_numbers(), passed=not parity.failures)
-            if parity.failures and not allow_inaccurate:
+            if parity:
+                draft.card = replace(draft.card, parity=parity.as_numbers(), passed=not parity.failures)
+            if parity and parity.failures and not allow_inaccurate:
                 failures.append(gate.GateFailed(f"{want.tower} {want.runtime} {want.precision}", parity))
             else:
                 drafts.append(draft)
-        measure_rates(artifact, drafts)
+        measured = [draft for draft in drafts if draft.engine]
+        rates = measure_rates(artifact, [cast(gate.ExactEngine, draft.engine) for draft in measured])
+        for draft, (rate, gflop_per_s, share) in zip(measured, rates, strict=True):
+            draft.card = replace(draft.card, rows_per_s=rate, gflop_per_s=gflop_per_s, peak_share=share)
         for draft in drafts:
             _finish(artifact, draft)
     cards = [card for want in wanted if (card := _read_card(artifact, want))]
@@ -115,15 +139,18 @@ def _auto_notes(artifact: Artifact) -> list[str]:
 
 def _draft(artifact: Artifact, want: Want, folder: Path) -> Draft:
     folder.mkdir()
+    if device_of(want.runtime) == "gpu":
+        card = build_gpu.compile_gpu(artifact, want, folder, RECIPE)
+        return Draft(folder, card, _open(folder, card) if card.verified else None)
     graph = artifact.onnx(want.tower, want.precision)
     if want.runtime == COMPILED:
         file, package = "engine.so", "torch"
         _compile(artifact, want, folder / file)
     elif want.tower == "text":
-        file, package = "engine.ort", "onnxruntime"
+        file, package = "engine.ort", ort.package()
         ort.save_optimised(graph, folder / file)
     else:
-        file, package = f"../../onnx/{graph.name}", "onnxruntime"
+        file, package = f"../../onnx/{graph.name}", ort.package()
     path = folder / file
     inputs, vectors = gate.golden(artifact, want.tower)
     card = EngineCard(
@@ -151,8 +178,12 @@ def _draft(artifact: Artifact, want: Want, folder: Path) -> Draft:
         bytes=path.stat().st_size,
         recipe=RECIPE,
     )
-    engine = cast(gate.ExactEngine, load_engine(folder / "card.json", card, card.threads))
+    engine = _open(folder, card)
     return Draft(folder, engine.card, engine)
+
+
+def _open(folder: Path, card: EngineCard) -> gate.ExactEngine:
+    return cast(gate.ExactEngine, load_engine(folder / "card.json", card, card.threads))
 
 
 def _compile(artifact: Artifact, want: Want, library: Path) -> None:
@@ -169,35 +200,12 @@ def _compile(artifact: Artifact, want: Want, library: Path) -> None:
     compile_tower(getattr(towers, want.tower), example, want.precision, library)
 
 
-def measure_rates(artifact: Artifact, drafts: list[Draft]) -> None:
-    """Write speeds into the cards: medians of rounds in which every engine and the GEMM peak take turns."""
-    rates: list[list[float]] = [[] for _ in drafts]
-    shares: list[list[float]] = [[] for _ in drafts]
-    for _ in range(ROUNDS):
-        for number, draft in enumerate(drafts):
-            card = draft.card
-            peak = gemm_peak_gflops(card.precision, card.threads, repeats=1)
-            rate = _rows_per_s(draft.engine)
-            rates[number].append(rate)
-            shares[number].append(rate * getattr(artifact.spec, card.tower).gflop / peak)
-    for draft, rate_rounds, share_rounds in zip(drafts, rates, shares, strict=True):
-        rate, gflop = statistics.median(rate_rounds), getattr(artifact.spec, draft.card.tower).gflop
-        draft.card = replace(
-            draft.card, rows_per_s=rate, gflop_per_s=rate * gflop, peak_share=statistics.median(share_rounds)
-        )
-
-
-def _rows_per_s(engine: gate.ExactEngine, seconds_min: float = 0.1) -> float:
-    rows, start = 0, time.perf_counter()
-    while (elapsed := time.perf_counter() - start) < seconds_min:
-        engine.launch(0, engine.card.batch)
-        engine.result(0)
-        rows += engine.card.batch
-    return rows / elapsed
-
-
 def _finish(artifact: Artifact, draft: Draft) -> None:
     """Move a draft to its place, its card last: where a card lies, the engine is whole."""
+    if device_of(draft.card.runtime) == "gpu":
+        for folder in build_gpu.superseded(artifact, draft.card, artifact.path / "engines" / draft.folder.name):
+            (folder / "card.json").unlink()
+            shutil.rmtree(folder)
     final = artifact.path / "engines" / draft.folder.name
     (final / "card.json").unlink(missing_ok=True)
     shutil.rmtree(final, ignore_errors=True)
@@ -216,6 +224,8 @@ def _is_current(artifact: Artifact, want: Want, allow_inaccurate: bool) -> bool:
     if card is None or card.recipe != RECIPE:
         return False
     path = artifact.path / "engines" / want.folder / "card.json"
+    if not card.verified:
+        return not stale(artifact, path, card)
     return not refusal(artifact, path, card) and (card.passed or allow_inaccurate)
 
 
@@ -226,14 +236,12 @@ def print_report(report: Report, seconds: float) -> None:
     table = Table(title=f"{report.artifact.spec.model} -> {report.artifact.path}", title_justify="left")
     for name in ("tower", "runtime", "precision"):
         table.add_column(name)
-    for name in ("batch", "threads", "rows/s", "GFLOP/s", "of GEMM peak", "error/spread", "allowed", "MB"):
+    for name in ("batch", "threads", "rows/s", "GFLOP/s", "of peak", "error/spread", "allowed", "MB", "kernels (mha)"):
         table.add_column(name, justify="right")
     for card in report.cards:
-        error = f"{card.parity['error_over_spread']:.1e}" + ("" if card.passed else " MISSED")
         table.add_row(
-            card.tower, card.runtime, card.precision, str(card.batch), str(card.threads), f"{card.rows_per_s:.1f}",
-            f"{card.gflop_per_s:.1f}", f"{card.peak_share:.0%}", error, f"{card.parity['error_allowed']}",
-            f"{card.bytes / 1e6:.1f}",
+            card.tower, card.runtime, card.precision, str(card.batch), str(card.threads or "-"), *_measured(card),
+            f"{card.bytes / 1e6:.1f}", f"{card.kernels} ({card.fused_attention})" if card.kernels else "-",
         )  # fmt: skip
     console = Console(width=None if sys.stdout.isatty() else 140)
     console.print(table)
@@ -247,6 +255,14 @@ def print_report(report: Report, seconds: float) -> None:
         console.print(note, highlight=False, soft_wrap=True)
 
 
+def _measured(card: EngineCard) -> tuple[str, str, str, str, str]:
+    if not card.verified:
+        return "-", "-", "-", "unverified", "-"
+    error = f"{card.parity['error_over_spread']:.1e}" + ("" if card.passed else " MISSED")
+    speed = f"{card.rows_per_s:.1f}", f"{card.gflop_per_s:.1f}", f"{card.peak_share:.0%}"
+    return *speed, error, f"{card.parity['error_allowed']}"
+
+
 def main(arguments: list[str] | None = None) -> int:
     examples = __doc__.split("\n\n")[1] if __doc__ else ""
     parser = argparse.ArgumentParser(
@@ -255,7 +271,11 @@ def main(arguments: list[str] | None = None) -> int:
     )  # fmt: skip
     parser.add_argument("--model", default=default_model(), help="hub id or directory (default: %(default)s)")
     parser.add_argument("--runtime", default="auto", choices=["auto", *RUNTIMES], help="default: %(default)s")
-    parser.add_argument("--precision", default="auto", choices=["auto", "fp32", "bf16"], help="of aoti-cpu")
+    parser.add_argument(
+        "--precision", default="auto", choices=["auto", "fp32", "bf16", "fp16", "int8"],
+        help="of compiled engines (default: measured on a CPU, fp16 on a GPU; int8 only where it is named)",
+    )  # fmt: skip
+    parser.add_argument("--target", help="build for a GPU that is not here, with --runtime tensorrt-rtx; such as sm89")
     parser.add_argument("--allow-inaccurate", action="store_true", help="keep engines that miss their accuracy bar")
     parser.add_argument("--json", action="store_true", help="one JSON object instead of the table")
     asked = parser.parse_args(arguments)
@@ -266,8 +286,10 @@ def main(arguments: list[str] | None = None) -> int:
 
     start = time.perf_counter()
     try:
-        report = build_engines(asked.model, asked.runtime, asked.precision, allow_inaccurate=asked.allow_inaccurate)
-    except (EngineUnavailable, ExportError) as error:
+        report = build_engines(
+            asked.model, asked.runtime, asked.precision, allow_inaccurate=asked.allow_inaccurate, target=asked.target
+        )
+    except (EngineUnavailable, ExportError, OutOfGpuMemory) as error:
         print(f"error: {error}", file=sys.stderr)
         return 2
     seconds = time.perf_counter() - start

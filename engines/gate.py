@@ -12,7 +12,7 @@ work was cut.
 from __future__ import annotations
 
 from dataclasses import asdict, dataclass
-from typing import Any, Protocol
+from typing import Any, Protocol, cast
 
 import numpy as np
 import numpy.typing as npt
@@ -103,11 +103,20 @@ def encode(engine: ExactEngine, inputs: npt.NDArray[Any]) -> tuple[npt.NDArray[n
     exact, stored = [], []
     for turn, start in enumerate(range(0, len(inputs), engine.card.batch)):
         rows, slot = inputs[start : start + engine.card.batch], turn % engine.slots
-        engine.input(slot)[: len(rows)] = rows
+        fill(engine, slot, rows)
         engine.launch(slot, len(rows))
         exact.append(engine.result_fp32(slot))
         stored.append(engine.result(slot))
     return np.concatenate(exact), np.concatenate(stored)
+
+
+def fill(engine: Engine, slot: int, rows: npt.NDArray[Any]) -> None:
+    """Copy `rows` from the host into the first rows of `slot`, wherever that lies, and wait until they are there."""
+    target = engine.input(slot)
+    if isinstance(target, np.ndarray):
+        target[: len(rows)] = rows
+    else:
+        target.rows(len(rows)).fill(rows, cast(Any, engine).stream)
 
 
 def spread_error(got_nd: npt.NDArray[Any], want_nd: npt.NDArray[Any]) -> float:

@@ -28,6 +28,7 @@ CODE_FLAGS = re.compile(r"^(sse4_[12]|avx\w*|fma|f16c|bmi[12]|amx\w*|asimd\w*|sv
 # The few worth reading in a folder name.
 NAMED_FLAGS = ("amx_bf16", "avx512_bf16", "avx512_vnni", "avx512f", "avx2", "sve", "asimd")
 BF16_FLAGS = ("amx_bf16", "avx512_bf16")
+INT8_FLAGS = ("amx_int8", "avx512_vnni", "avx_vnni")
 GEMM_SIZE = 1536  # large enough for full speed, small enough (30 to 60 ms on 2 cores) to take turns with an engine
 CPU_INFO = Path("/proc/cpuinfo")
 
@@ -62,6 +63,11 @@ def host_id() -> str:
 def has_bf16() -> bool:
     """Whether this CPU multiplies bf16 in hardware; elsewhere libraries emulate it, several times slower than fp32."""
     return not cpu_flags().isdisjoint(BF16_FLAGS)
+
+
+def has_int8() -> bool:
+    """Whether this CPU adds 8-bit products in 32 bits; older ones add pairs in 16 bits, which overflow."""
+    return not cpu_flags().isdisjoint(INT8_FLAGS)
 
 
 def physical_cores() -> int:
@@ -106,7 +112,7 @@ def gemm_peak_gflops(precision: Precision, threads: int, repeats: int = 5) -> fl
     return 2 * GEMM_SIZE**3 / statistics.median(seconds) / 1e9
 
 
-@lru_cache(maxsize=2)
+@lru_cache(maxsize=3)
 def _square_product(precision: Precision, threads: int) -> Callable[[], None]:
     from engines.aoti import open_libtorch
 

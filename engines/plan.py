@@ -8,11 +8,11 @@ from importlib import metadata
 from pathlib import Path
 from typing import Literal, NamedTuple, TypeAlias
 
-from engines import RUNTIMES, EngineUnavailable
-from engines.hardware import cxx_compiler, gemm_peak_gflops, has_bf16, host_id, physical_cores
+from engines import GPU_RUNTIMES, RUNTIMES, EngineUnavailable
+from engines.hardware import cxx_compiler, gemm_peak_gflops, has_bf16, has_int8, host_id, physical_cores
 from engines.spec import Artifact, Precision, Tower
 
-PrecisionWish: TypeAlias = Literal["auto", "fp32", "bf16"]
+PrecisionWish: TypeAlias = Literal["auto", "fp32", "bf16", "fp16", "int8"]
 REFERENCE, COMPILED = "ort-cpu", "aoti-cpu"
 # GEMMs of 400 rows run as fast as those of 1,600 (B/32 on one thread: .83 of the peak); more adds latency and memory.
 BATCH_TOKENS, BATCH_MIN, BATCH_MAX = 512, 2, 32
@@ -24,10 +24,13 @@ class Want(NamedTuple):
     runtime: str
     precision: Precision
     batch: int
+    host: str = ""  # of its card, for a GPU: `GpuInfo.identity`, or the SM of one that is not here
+    place: str = ""  # of its folder, for a GPU: the SM and a digest of all that goes into the engine
+    verified: bool = True
 
     @property
     def folder(self) -> str:
-        return f"{self.tower}-{self.runtime}-{self.precision}-{host_id()}"
+        return f"{self.tower}-{self.runtime}-{self.precision}-{self.place or host_id()}"
 
 
 class PrecisionChoice(NamedTuple):
@@ -36,7 +39,7 @@ class PrecisionChoice(NamedTuple):
 
 
 def plan(artifact: Artifact, runtime: str, precision: PrecisionWish) -> tuple[list[Want], list[str]]:
-    """The engines this host should have, and in words what was left out or chosen for the user.
+    """The engines this host's CPU should have, and in words what was left out or chosen for the user.
 
     Raises:
         EngineUnavailable: what was named cannot be built here.
@@ -46,15 +49,25 @@ def plan(artifact: Artifact, runtime: str, precision: PrecisionWish) -> tuple[li
     vision_rows, text_rows = batch_rows(artifact.spec.vision.tokens), batch_rows(artifact.spec.text.tokens)
     wanted = [Want("vision", REFERENCE, "fp32", vision_rows), Want("text", REFERENCE, "fp32", text_rows)]
     if runtime == REFERENCE:
-        if precision == "bf16":
-            raise EngineUnavailable("ort-cpu is the fp32 reference; for bf16 name --runtime aoti-cpu")
+        if precision in ("bf16", "int8"):
+            raise EngineUnavailable(f"ort-cpu is the fp32 reference; for {precision} name --runtime aoti-cpu")
+        return wanted, []
+    if runtime in GPU_RUNTIMES:  # beside them the CPU needs what is always built: the text tower, the reference
         return wanted, []
     if cxx_compiler() is None:
         why = f"aoti-cpu needs a C++ compiler and {os.environ.get('CXX') or 'g++'} is not on PATH; {INSTALL_CXX}"
-        if runtime == COMPILED or precision == "bf16":
+        if runtime == COMPILED or precision in ("bf16", "int8"):
             raise EngineUnavailable(why)
         return wanted, [f"{why}. Going on with ort-cpu alone"]
-    choice = choose_precision(artifact) if precision == "auto" else PrecisionChoice(precision, "named")
+    if runtime == COMPILED and precision == "fp16":
+        raise EngineUnavailable("aoti-cpu has fp32 and bf16: CPUs multiply fp16 in no hardware that it knows of")
+    if precision == "int8" and not has_int8():
+        flags = "avx512_vnni, avx_vnni or amx_int8"
+        raise EngineUnavailable(f"int8 needs a CPU with {flags}: elsewhere sums of 8-bit products overflow")
+    if precision == "auto" or precision == "fp16":  # fp16 was named for a GPU
+        choice = choose_precision(artifact)
+    else:
+        choice = PrecisionChoice(precision, "named")
     wanted.append(Want("vision", COMPILED, choice.precision, vision_rows))
     return wanted, [f"aoti-cpu precision {choice.precision}: {choice.reason}"]
 

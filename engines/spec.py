@@ -88,15 +88,15 @@ class EngineCard:
     tower: Tower
     runtime: str  # key of engines.RUNTIMES
     precision: Precision
-    host: str  # `host_id()` of the machine it was built on; another host refuses it
+    host: str  # `host_id()`, or `GpuInfo.identity`, of where it was built; another host or GPU refuses it
     weights_digest: str
     file: str  # relative to the card; "../../onnx/..." for runtimes that compile at load
     file_digest: str
     batch: int  # rows of the input buffers; what it was measured with
-    compiled_rows: int  # rows of one run of a compiled library; 0 where a run takes any batch
+    compiled_rows: int  # rows of one run of a compiled library, on a GPU the most; 0 where a run takes any batch
     threads: int  # OpenMP threads it was measured with
     input_name: str
-    input_dtype: str  # numpy name: float32 for vision, int32 for text
+    input_dtype: str  # numpy name: float32 for vision (float16 for fp16 on a GPU, but for `cuda`), int32 for text
     row_shape: tuple[int, ...]  # of one input row: (3, s, s) for vision, (context,) for text
     output_name: str
     dim: int
@@ -108,6 +108,9 @@ class EngineCard:
     peak_share: float  # of the GEMM peak measured in the same run
     bytes: int
     recipe: int  # engines.build.RECIPE: raised when the same graph would be built differently
+    verified: bool = True  # False: built for a GPU that was not there, so nothing was measured
+    kernels: int = 0  # that one run launches on a GPU, where the compiler lists them
+    fused_attention: int = 0  # of them, those that hold a whole attention
 
     def to_json(self) -> str:
         return json.dumps(asdict(self), indent=2) + "\n"

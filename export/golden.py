@@ -1,4 +1,4 @@
-"""The proof an artifact carries: pictures, texts, what the original model makes of them. No pickle; 8 MB at 224 pixels.
+"""The proof an artifact carries: pictures, texts, what the original model makes of them. No pickle; 24 MB at 224 pixels.
 
     golden = np.load("golden/golden.npz")
     image_bytes    (total,) uint8: the encoded pictures, number i at [image_offsets[i]:image_offsets[i + 1]]
@@ -8,9 +8,10 @@
     image_vectors  (n, d) float32, unit norm: Hugging Face's fp32 model on those pixels
     texts          (m,) unicode, ids (m, context) int32, text_vectors (m, d) float32, unit norm: likewise
 
-Twelve pictures cover what a decoder and a resizer can get wrong: both orientations, enlarging, extreme shapes, chroma
-subsampling, grey, palette, alpha, progressive scans and an EXIF rotation. They are made from seeded noise of several
-scales, gradients and shapes, so nobody's photos travel with a model.
+The first twelve pictures cover what a decoder and a resizer can get wrong: both orientations, enlarging, extreme shapes,
+chroma subsampling, grey, palette, alpha, progressive scans and an EXIF rotation. The others make the set large enough to
+ask which nine are nearest. They are made from seeded noise of several scales, gradients and shapes, so nobody's photos
+travel with a model.
 """
 
 from __future__ import annotations
@@ -63,6 +64,7 @@ SAMPLES = (
     Sample("png palette", (256, 256), mode="P", format="PNG"),
     Sample("png alpha", (260, 410), mode="RGBA", format="PNG"),
     Sample("png grey square", (224, 224), mode="L", format="PNG"),
+    *(Sample(f"jpeg {number}", (320 + 7 * number, 400 - 9 * number), save={"quality": 90}) for number in range(24)),
 )
 
 

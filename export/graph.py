@@ -12,19 +12,21 @@ export.
 from __future__ import annotations
 
 import math
+from collections.abc import Callable
 from typing import Any
 
+import ml_dtypes
 import numpy as np
 import numpy.typing as npt
 from onnx import TensorProto, helper, numpy_helper
 from torch import Tensor, nn
 
 from engines.spec import Precision
-from export.towers import EOS_IS_LARGEST_ID, Block, TextTower, VisionTower, quick_gelu
+from export.towers import EOS_IS_LARGEST_ID, Block, LastBlock, TextTower, VisionTower, quick_gelu
 
-OPSET = 18
+OPSET, OPSET_BF16 = 18, 22  # the first in which Conv takes bfloat16
 PIXELS, IDS, VECTORS = "pixels", "ids", "vectors"
-DTYPES: dict[Precision, npt.DTypeLike] = {"fp32": np.float32, "fp16": np.float16}
+DTYPES: dict[Precision, npt.DTypeLike] = {"fp32": np.float32, "fp16": np.float16, "bf16": ml_dtypes.bfloat16}
 
 
 class Graph:
@@ -85,7 +87,7 @@ def onnx_model(tower: nn.Module, precision: Precision, dim: int) -> Any:
     length = graph.add("ReduceL2", vectors, graph.ints(-1), keepdims=1)
     graph.nodes.append(helper.make_node("Div", [vectors, length], [VECTORS], name="unit"))
     result = helper.make_tensor_value_info(VECTORS, TensorProto.FLOAT, ["batch", dim])
-    opsets = [helper.make_opsetid("", OPSET)]
+    opsets = [helper.make_opsetid("", OPSET_BF16 if precision == "bf16" else OPSET)]
     return helper.make_model(
         helper.make_graph(graph.nodes, "tower", [source], [result], list(graph.tensors.values())),
         opset_imports=opsets,
@@ -95,7 +97,8 @@ def onnx_model(tower: nn.Module, precision: Precision, dim: int) -> Any:
 
 
 def _vision(graph: Graph, tower: VisionTower) -> str:
-    pixels = PIXELS if graph.dtype == np.float32 else graph.add("Cast", PIXELS, to=TensorProto.FLOAT16)
+    own_type = helper.np_dtype_to_tensor_dtype(graph.dtype)
+    pixels = PIXELS if graph.dtype == np.float32 else graph.add("Cast", PIXELS, to=own_type)
     patches = graph.add("Conv", pixels, graph.weight(tower.patch.weight), strides=tower.patch.stride)
     flat = graph.add("Reshape", patches, graph.ints(0, tower.width, tower.tokens - 1))
     padded = graph.add("Pad", graph.add("Transpose", flat, perm=[0, 2, 1]), graph.ints(0, 1, 0, 0, 0, 0))
@@ -103,7 +106,12 @@ def _vision(graph: Graph, tower: VisionTower) -> str:
     x = graph.norm(x, tower.norm_in)
     for block in tower.blocks:
         x = _block(graph, x, block)
-    return str(graph.add("Gather", _by_row(graph, x, tower), graph.constant("class token", np.array(0)), axis=1))
+
+    def pooled(rows: str) -> str:
+        first = graph.constant("class token", np.array(0))
+        return str(graph.add("Gather", _by_row(graph, rows, tower), first, axis=1))
+
+    return _last_block(graph, x, tower.last, pooled)
 
 
 def _text(graph: Graph, tower: TextTower) -> str:
@@ -115,8 +123,14 @@ def _text(graph: Graph, tower: TextTower) -> str:
     if tower.eos != EOS_IS_LARGEST_ID:
         end = graph.constant("eos", np.array(tower.eos, np.int32))
         ranks = graph.add("Cast", graph.add("Equal", IDS, end), to=TensorProto.INT32)
-    last = graph.add("ArgMax", ranks, axis=-1, keepdims=1)
-    return str(graph.add("GatherND", _by_row(graph, x, tower), last, batch_dims=1))
+    end = graph.add("ArgMax", ranks, axis=-1, keepdims=1)
+
+    def pooled(rows: str) -> str:
+        return str(graph.add("GatherND", _by_row(graph, rows, tower), end, batch_dims=1))
+
+    assert tower.last.mask is not None
+    mask = graph.add("GatherND", graph.weight(tower.last.mask), end)
+    return _last_block(graph, x, tower.last, pooled, graph.add("Unsqueeze", mask, graph.ints(1, 2)))
 
 
 def _by_row(graph: Graph, x: str, tower: VisionTower | TextTower) -> str:
@@ -134,7 +148,24 @@ def _block(graph: Graph, x: str, block: nn.Module) -> str:
         scores = graph.add("Add", scores, graph.weight(block.mask))
     seen = graph.add("MatMul", graph.add("Softmax", scores, axis=-1), v)
     rows = graph.add("Reshape", graph.add("Transpose", seen, perm=[0, 2, 1, 3]), graph.ints(-1, block.width))
-    x = graph.add("Add", x, graph.linear(rows, block.out))
+    return _mlp(graph, graph.add("Add", x, graph.linear(rows, block.out)), block)
+
+
+def _last_block(graph: Graph, x: str, block: LastBlock, pooled: Callable[[str], str], mask: str | None = None) -> str:
+    heads, head = block.heads, block.width // block.heads
+    normed = graph.norm(x, block.norm1)
+    q = graph.add("Reshape", graph.linear(pooled(normed), block.q), graph.ints(-1, heads, 1, head))
+    split = graph.add("Reshape", graph.linear(normed, block.kv), graph.ints(-1, block.tokens, 2 * heads, head))
+    k, v = graph.add("Split", graph.add("Transpose", split, perm=[0, 2, 1, 3]), outputs=2, axis=1, num_outputs=2)
+    scores = graph.add("MatMul", q, graph.add("Transpose", k, perm=[0, 1, 3, 2]))
+    if mask is not None:
+        scores = graph.add("Add", scores, mask)
+    seen = graph.add("MatMul", graph.add("Softmax", scores, axis=-1), v)
+    rows = graph.add("Reshape", seen, graph.ints(-1, block.width))
+    return _mlp(graph, graph.add("Add", pooled(x), graph.linear(rows, block.out)), block)
+
+
+def _mlp(graph: Graph, x: str, block: Block) -> str:
     wide = _activation(graph, graph.linear(graph.norm(x, block.norm2), block.fc1), block)
     return str(graph.add("Add", x, graph.linear(wide, block.fc2)))
 

@@ -1,11 +1,14 @@
 """Tower -> AOTInductor library: C++ and OpenMP for this CPU and one batch size, weights packed in (needs g++).
 
     compile_tower(towers.vision, pixels, "fp32", Path("engine.so"))
+    package_tower(towers.vision, pixels, "fp16", Path("engine.pt2"))     # for this GPU, up to len(pixels) rows
 
 B/32 takes 60 to 100 s on 2 cores. Freezing packs every weight for the GEMM it meets. The number of threads stays open
 (`dynamic_threads`): it is chosen when the engine is opened. bf16 keeps weights and activations in 16 bits; LayerNorm
-statistics, softmax and the final norm are computed in fp32 all the same. Tried and left out: inductor's own C++ GEMM
+statistics, softmax and the final norm are computed in fp32 all the same. int8 is `export.int8`. Tried and left out: inductor's own C++ GEMM
 templates (max_autotune), 0.6 of the speed of oneDNN's on these shapes and twice the build time.
+On a GPU (not run on one yet) attention is one operation, GEMMs are cuBLAS's, the rest is fused into Triton kernels; the
+number of rows stays open, so that a lane that runs out of memory opens the same package at half its batch.
 """
 
 from __future__ import annotations
@@ -29,14 +32,19 @@ from torch._inductor.utils import fresh_cache
 
 from engines import EngineUnavailable
 from engines.spec import Precision
+from export.int8 import int8_tower
+from export.towers import Block, VisionTower, fused_attention
 
-DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16}
+DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}
 INDUCTOR: dict[str, Any] = {"freezing": True, "cpp.dynamic_threads": True}
 
 
 def compile_tower(module: nn.Module, example: npt.NDArray[Any], precision: Precision, library: Path) -> None:
     """Write the library of `module` for batches shaped like `example`."""
-    if precision != "fp32":
+    if precision == "int8":
+        assert isinstance(module, VisionTower), "queries are few: the text tower stays fp32"
+        module = int8_tower(module)
+    elif precision != "fp32":
         module = copy.deepcopy(module).to(DTYPES[precision])
     with tempfile.TemporaryDirectory(dir=library.parent, prefix=".aoti-") as scratch:
         # Inductor would leave a copy of every library in its own cache: 350 MB for each B/32 build.
@@ -52,6 +60,28 @@ def compile_tower(module: nn.Module, example: npt.NDArray[Any], precision: Preci
             (name,) = (name for name in archive.namelist() if name.endswith(".so"))
             with archive.open(name) as packed, library.open("wb") as plain:
                 shutil.copyfileobj(packed, plain, 1 << 20)
+
+
+def package_tower(
+    module: nn.Module, example: npt.NDArray[Any], precision: Precision, package: Path, device: str = "cuda"
+) -> None:
+    """Write the package of `module` for 1 to len(`example`) rows of its shape and dtype, on this kind of `device`."""
+    module = copy.deepcopy(module).to(device, DTYPES[precision])
+    for block in module.modules():
+        if isinstance(block, Block):
+            block.attention = fused_attention
+    rows = torch.export.Dim("rows", min=1, max=len(example))
+    with tempfile.TemporaryDirectory(dir=package.parent, prefix=".aoti-") as scratch:
+        with _quiet(), fresh_cache(dir=scratch), torch.no_grad():
+            inputs = (torch.from_numpy(example).to(device),)
+            program = torch.export.export(module, inputs, dynamic_shapes=({0: rows},), strict=False)
+            made = f"{scratch}/tower.pt2"
+            try:
+                torch._inductor.aoti_compile_and_package(program, package_path=made)
+            except InductorError as error:
+                first = str(error).strip().splitlines()[0]
+                raise EngineUnavailable(f"aoti-{device} did not compile ({first}). Check: g++ --version") from error
+        shutil.move(made, package)
 
 
 @contextmanager

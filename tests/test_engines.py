@@ -234,8 +234,8 @@ def test_a_damaged_library_is_refused(editable: Artifact) -> None:
 def test_what_was_not_built_is_an_error_with_the_command(artifact: Artifact) -> None:
     with pytest.raises(EngineUnavailable, match=r"none was built\. Run: make engines MODEL=\S+/tiny RUNTIME=aoti-cpu"):
         open_engine(artifact, "text", "aoti-cpu")
-    with pytest.raises(EngineUnavailable, match="unknown runtime 'tensorrt'; known: auto, ort-cpu, aoti-cpu"):
-        open_engine(artifact, "text", "tensorrt")
+    with pytest.raises(EngineUnavailable, match="unknown runtime 'openvino'; known: auto, ort-cpu, aoti-cpu"):
+        open_engine(artifact, "text", "openvino")
 
 
 def test_a_text_query_needs_no_torch(artifact: Artifact) -> None:

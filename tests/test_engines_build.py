@@ -17,7 +17,8 @@ from runs import run_module
 
 from engines import EngineUnavailable, choose, gate, open_engine
 from engines.build import Report, build_engines
-from engines.hardware import gemm_peak_gflops, host_id, physical_cores
+from engines.gate import OVERLAP_MIN
+from engines.hardware import gemm_peak_gflops, has_int8, host_id, physical_cores
 from engines.plan import batch_rows, choose_precision, faster_precision, plan
 from engines.spec import Artifact
 
@@ -85,7 +86,7 @@ def test_gate_rejects_rows_that_lean_on_their_neighbours(reference: Any) -> None
     engine, inputs, want_nd = reference
     parity = gate.measure(Spoiled(engine, lambda got: got + 1e-3 * np.roll(got, 1, axis=0)), inputs, want_nd)
     assert parity.moved_rows_changed == len(inputs)
-    assert "12 of 12 vectors change with their place in the batch" in parity.failures
+    assert "36 of 36 vectors change with their place in the batch" in parity.failures
 
 
 def test_gate_rejects_nan(reference: Any) -> None:
@@ -205,6 +206,26 @@ def test_bf16_passes_its_own_bar_where_it_is_named(editable: Artifact) -> None:
     card = choose(editable, "vision", "aoti-cpu", "bf16").card
     assert SPREAD_ERROR_MAX["fp32"] < card.parity["error_over_spread"] < SPREAD_ERROR_MAX["bf16"]
     assert card.parity["moved_rows_changed"] == 0
+
+
+@pytest.mark.skipif(not has_int8(), reason="int8 needs VNNI or AMX, this CPU has neither")
+def test_int8_passes_its_own_bar_and_is_taken_only_where_it_is_named(editable: Artifact) -> None:
+    built = build_engines(editable.spec.model, "aoti-cpu", "int8", root=editable.path.parent)
+    assert not built.failures
+    card = choose(editable, "vision", "aoti-cpu", "int8").card
+    assert 5e-3 < card.parity["error_over_spread"] < SPREAD_ERROR_MAX["bf16"]  # it is 8-bit, and better than its bar
+    assert card.parity["top9_overlap"] >= OVERLAP_MIN
+    assert card.parity["moved_rows_changed"] == 0
+    assert choose(editable, "vision", "auto", "int8").card.precision == "int8"
+    chosen = choose(editable, "vision")
+    assert chosen.card.precision != "int8"
+    assert "int8 is only taken where it is named" in chosen.reason
+
+
+def test_int8_is_refused_where_its_sums_would_overflow(editable: Artifact, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("engines.plan.has_int8", lambda: False)
+    with pytest.raises(EngineUnavailable, match="avx512_vnni, avx_vnni or amx_int8"):
+        build_engines(editable.spec.model, "aoti-cpu", "int8", root=editable.path.parent)
 
 
 # ---- hardware ------------------------------------------------------------------------------------------------------

@@ -1,0 +1,98 @@
+"""AOTInductor on a GPU: a `.pt2` package of one tower, for hosts with torch's CUDA build and no TensorRT. Not run on a
+GPU yet.
+
+torch's own runner is used, so this needs torch in the process (2 s and 0.4 GB of host memory more than the other
+runtimes). It holds the GIL while it launches its kernels, not while they run.
+"""
+
+from __future__ import annotations
+
+import importlib.util
+import time
+from contextlib import AbstractContextManager
+from importlib import metadata
+from pathlib import Path
+from typing import Any
+
+from engines import EngineUnavailable
+from engines.engine_gpu import SLOTS, GpuEngine
+from engines.memory_gpu import DeviceArray, OutOfGpuMemory
+from engines.spec import EngineCard, Precision
+
+GEMM_SIZE = 8192  # as in ort_gpu
+INSTALL = "pip install 'nightjar[gpu-cu13]'"
+
+
+def problem() -> str:
+    """Why no package can be built or run with the torch that is installed; empty where one can. Does not import it."""
+    found = importlib.util.find_spec("torch")
+    if found is None or not found.submodule_search_locations:
+        return f"aoti-cuda needs torch, which is not installed: {INSTALL}"
+    if not (Path(found.submodule_search_locations[0]) / "lib" / "libtorch_cuda.so").is_file():
+        return f"aoti-cuda needs torch's CUDA build, torch {metadata.version('torch')} is another: {INSTALL}"
+    return ""
+
+
+def versions() -> dict[str, str]:
+    return {"torch": metadata.version("torch")}
+
+
+class AotiCudaEngine(GpuEngine):
+    """The package's runner on this engine's stream, over this engine's buffers."""
+
+    def __init__(self, card_path: Path, card: EngineCard, threads: int, batch: int | None, slots: int = SLOTS) -> None:
+        super().__init__(card, batch, slots)
+        import torch
+
+        self._expect_gpu()
+        self._out_of_memory = torch.OutOfMemoryError
+        try:
+            self._given = [self._tensor(array) for array in self._inputs]
+            self._made = [self._tensor(array) for array in self._outputs]
+            self._runner = torch._inductor.aoti_load_package(str(card_path.parent / card.file)).loader
+        except torch.OutOfMemoryError as error:
+            raise OutOfGpuMemory(f"opening {card.file}: {error}") from error
+
+    def _enqueue(self, slot: int) -> None:
+        try:
+            with self._on_stream():
+                (vectors,) = self._runner.boxed_run([self._given[slot]])
+                self._made[slot].copy_(vectors, non_blocking=True)
+        except self._out_of_memory as error:
+            raise OutOfGpuMemory(f"{self.card.batch} rows: {error}") from error
+
+    def _expect_gpu(self) -> None:
+        import torch
+
+        if not torch.cuda.is_available():
+            raise EngineUnavailable(
+                f"torch {torch.__version__} sees no GPU: its CUDA {torch.version.cuda} may be newer than the driver"
+            )
+
+    def _tensor(self, array: DeviceArray) -> Any:
+        """torch's view of the same memory."""
+        import torch
+
+        return torch.as_tensor(array, device="cuda")
+
+    def _on_stream(self) -> AbstractContextManager[Any]:
+        import torch
+
+        ours: Any = torch.cuda.ExternalStream(self.stream.handle)  # type: ignore[no-untyped-call]
+        on_ours: AbstractContextManager[Any] = torch.cuda.stream(ours)
+        return on_ours
+
+
+def gemm_peak_gflops(precision: Precision, repeats: int = 20) -> float:
+    """Speed of a square matrix product in torch, cuBLAS: what a model made of GEMMs can reach here."""
+    import torch
+
+    dtype = {"fp32": torch.float32, "bf16": torch.bfloat16}.get(precision, torch.float16)
+    a = torch.randn(GEMM_SIZE, GEMM_SIZE, device="cuda", dtype=dtype)  # real numbers: zeros draw less power
+    for repeat in range(repeats + 3):  # three to warm up
+        if repeat == 3:
+            torch.cuda.synchronize()
+            start = time.perf_counter()
+        a @ a
+    torch.cuda.synchronize()
+    return 2 * GEMM_SIZE**3 * repeats / (time.perf_counter() - start) / 1e9
