@@ -8,11 +8,12 @@ from __future__ import annotations
 import argparse
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Literal
+from typing import Literal, get_args
 
 from engines import RUNTIMES
 from engines.hardware import physical_cores
 from engines.spec import Artifact, Precision, default_model, find_artifact
+from pipeline.devices import Devices, EngineWish, resolve_devices
 from pipeline.sources import SOURCES, Source, open_source
 
 INDEX_EXAMPLES = """examples:
@@ -20,6 +21,7 @@ INDEX_EXAMPLES = """examples:
   python -m pipeline.index --source folder --root ~/Pictures --out pictures-index
   python -m pipeline.index --source tar --root 's3://bucket/shards' --model ./my-clip
   python -m pipeline.index --source inat2021 --split val --download
+  python -m pipeline.index --source folder --root /data --devices gpu:0,gpu:1
 
 A second run over unchanged pictures does nothing and says so; a run that was stopped is resumed by the same command.
 exit codes: 0 done, 1 failed, 2 usage, 3 done but more newly quarantined than --max-quarantined, 4 another run holds
@@ -43,7 +45,7 @@ class Config:
     source: Source
     artifact: Artifact
     out: Path
-    devices: tuple[str, ...]
+    devices: Devices
     runtime: str
     precision: Precision | Literal["auto"]
     engine_threads: int
@@ -78,9 +80,9 @@ def index_parser() -> argparse.ArgumentParser:
     parser.add_argument("--download", action="store_true", help="inat2021: fetch and check the official archives first")
     parser.add_argument("--model", default=default_model(), help="hub id or directory (default: %(default)s)")
     parser.add_argument("--out", type=Path, help="the index (default: ./<source>-index)")
-    parser.add_argument("--devices", default="auto", help="auto, or a list such as cpu (default: auto)")
+    parser.add_argument("--devices", default="auto", help="auto, or a list such as gpu:0,gpu:1,cpu (default: auto)")
     parser.add_argument("--runtime", default="auto", choices=["auto", *RUNTIMES], help="engine runtime")
-    parser.add_argument("--precision", default="auto", choices=["auto", "fp32", "bf16"], help="engine precision")
+    parser.add_argument("--precision", default="auto", choices=["auto", *get_args(Precision)], help="engine precision")
     parser.add_argument("--max-quarantined", type=int, metavar="N", help="exit 3 if more than N are newly quarantined")
     parser.add_argument(
         "--max-deleted", type=float, default=20.0, metavar="PERCENT",
@@ -109,18 +111,18 @@ def parse_index(argv: list[str] | None) -> Config:
     """The run's configuration; with --download the source need not be there yet.
 
     Raises:
-        UsageError, SourceError, ArtifactMissing: one line each, with the remedy.
+        UsageError, SourceError, ArtifactMissing, DeviceUnavailable, EngineUnavailable: one line each, with the remedy.
     """
     args = index_parser().parse_args(argv)
     source = open_source(args.source, args.root, split=args.split, download=args.download)
     if not 0 <= args.max_deleted <= 100:
         raise UsageError(f"--max-deleted is {args.max_deleted}; it is a share in percent, 0 to 100")
-    cores = physical_cores()
+    artifact, cores = find_artifact(args.model), physical_cores()
     return Config(
         source=source,
-        artifact=find_artifact(args.model),
+        artifact=artifact,
         out=args.out or Path(f"{args.source}-index"),
-        devices=resolve_devices(args.devices),
+        devices=resolve_devices(args.devices, EngineWish(artifact, args.runtime, args.precision)),
         runtime=args.runtime,
         precision=args.precision,
         engine_threads=cores,
@@ -130,17 +132,6 @@ def parse_index(argv: list[str] | None) -> Config:
         json_only=args.json,
         download=args.download,
     )
-
-
-def resolve_devices(devices: str) -> tuple[str, ...]:
-    """`auto` takes what this version can drive: one CPU lane. A device that was named and cannot be had is an error."""
-    if devices == "auto":
-        return ("cpu",)
-    named = tuple(name.strip() for name in devices.split(",") if name.strip())
-    unknown = [name for name in named if name != "cpu"]
-    if unknown or len(set(named)) != len(named) or not named:
-        raise UsageError(f"--devices {devices!r}: this version drives 'cpu' (once); use --devices cpu or auto")
-    return named
 
 
 def parse_search(argv: list[str] | None) -> SearchConfig:

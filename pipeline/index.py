@@ -18,12 +18,13 @@ import time
 from dataclasses import asdict, dataclass
 from types import FrameType
 
+from engines import EngineUnavailable
 from engines.spec import ArtifactMissing
-from pipeline.batch import Item
+from pipeline.batch import DeviceUnavailable, Item
 from pipeline.config import Config, UsageError, parse_index
 from pipeline.lanes import LaneSpec
 from pipeline.progress import Display, TransferBar
-from pipeline.scheduler import LaneFailed, Sharing, Totals
+from pipeline.scheduler import LaneFailed, LaneRefused, Sharing, Totals
 from pipeline.sources import Damage, SourceError
 from pipeline.sources.download import DownloadError, download_inat2021
 from pipeline.store import Counts, Locked, Scope, Store, StoreError
@@ -152,19 +153,22 @@ def embed(cfg: Config, store: Store, stop: Stop) -> Totals:
         log.info("nothing to embed: every picture of %s is known and unchanged", cfg.source.root)
         return Totals()
     log.info("%s pictures to embed with %s", f"{pending:,}", cfg.artifact.spec.model)
+    log.info("devices %s: %s", ",".join(cfg.devices.names), cfg.devices.reason)
     with Display(pending, quiet=cfg.json_only) as display:
-        return Sharing(store, lane_specs(cfg), stop, display.tick).run()
+        return Sharing(store, lane_specs(cfg), stop, display.tick, all_needed=cfg.devices.named).run()
 
 
 def lane_specs(cfg: Config) -> list[LaneSpec]:
-    spec = cfg.artifact.spec
+    """One for each device; lanes share the cores for decoding, whatever they encode on."""
+    spec, names = cfg.artifact.spec, cfg.devices.names
     return [
         LaneSpec(
-            name=f"{device}:{number}", source=cfg.source, artifact_path=cfg.artifact.path, preprocess=spec.preprocess,
-            runtime=cfg.runtime, precision=cfg.precision, engine_threads=cfg.engine_threads,
-            decode_threads=cfg.decode_threads, space=spec.space, log_path=cfg.out / "runs" / f"{device}-{number}.log",
+            name=f"{device}/{number}", device=device, source=cfg.source, artifact_path=cfg.artifact.path,
+            preprocess=spec.preprocess, runtime=cfg.runtime, precision=cfg.precision,
+            engine_threads=cfg.engine_threads, decode_threads=max(1, cfg.decode_threads // len(names)),
+            space=spec.space, log_path=cfg.out / "runs" / f"{device.replace(':', '')}-{number}.log",
         )
-        for number, device in enumerate(cfg.devices)
+        for number, device in enumerate(names)
     ]
 
 
@@ -182,7 +186,7 @@ def account(
         quarantined_new=totals.quarantined_new, pending=counts.pending, deleted=deleted, seconds=round(seconds, 3),
         images_per_s=round((totals.embedded + totals.copied) / seconds, 2),
         bound=max(totals.bound_s, key=lambda stage: totals.bound_s[stage], default=""),
-        lanes=[f"{device} {totals.engine}".strip() for device in cfg.devices], decoders=dict(totals.decoders),
+        lanes=[f"{name} {engine}" for name, engine in totals.engines.items()], decoders=dict(totals.decoders),
         model=cfg.artifact.spec.model, index=str(cfg.out / "index.h5"), generation=generation,
         exit=INTERRUPTED if interrupted else MANY_QUARANTINED if many else DONE,
     )
@@ -199,7 +203,7 @@ def main(argv: list[str] | None = None) -> int:
         if cfg.download:
             download(cfg)
         report = run(cfg, Stop())
-    except (UsageError, SourceError, ArtifactMissing) as error:
+    except (UsageError, SourceError, ArtifactMissing, DeviceUnavailable, EngineUnavailable, LaneRefused) as error:
         return _fail(USAGE, error)
     except Locked as error:
         return _fail(LOCKED, error)

@@ -2,13 +2,14 @@
 
 The coordinator keeps a `Lane` handle per child: a pipe for messages and a `Board` in shared memory. A decoder that
 crashes or hangs takes its lane down and nothing else; the board says which rows it had in hand. Spawned, never forked:
-a forked child hangs once OpenMP has been used in the parent.
+a forked child hangs once OpenMP has been used in the parent. One process sees one GPU: CV-CUDA crashes with several.
 """
 
 from __future__ import annotations
 
 import contextlib
 import multiprocessing
+import os
 import time
 from collections import Counter
 from dataclasses import dataclass, field
@@ -16,11 +17,14 @@ from multiprocessing.connection import Connection
 from pathlib import Path
 from typing import Any, Literal, NamedTuple, TypeAlias
 
+from engines import Device
 from engines.spec import Precision, Preprocess
 from pipeline.sources import Source
 from pipeline.store import Outcome, PendingItem, ShardInfo
 
 TICK_S = 1.0
+STARTING, START_DEADLINE_S = -1, 600.0  # stands on the board in place of a row; a hung driver must not hang the run
+ENGINE_SLOTS_MAX = 8  # batches that a GPU may have in hand
 STOP_GRACE_S = 30.0  # one engine batch of the largest model on one slow core
 
 
@@ -59,7 +63,20 @@ class Ready(NamedTuple):
 
 
 class Refused(NamedTuple):
-    """The lane cannot run at all, or met a bug of ours; either ends the run with these words."""
+    """The lane cannot run here: no such engine or device, or a device that gives wrong pixels."""
+
+    words: str
+
+
+class Lost(NamedTuple):
+    """The lane's GPU failed under it; the lane may be started again."""
+
+    words: str
+    full_at: int = 0  # rows of the batch that did not fit in GPU memory; 0 where that is not what happened
+
+
+class Broken(NamedTuple):
+    """A bug of ours; it ends the run with these words."""
 
     words: str
 
@@ -83,17 +100,17 @@ class Tick:
         return "decode" if self.decode_wait_s < 0.5 * self.seconds else "read"
 
 
-Message: TypeAlias = Claim | Done | Ready | Refused | Tick
+Message: TypeAlias = Claim | Done | Ready | Refused | Lost | Broken | Tick
 
 
 class Board:
-    """Shared memory between a lane and the coordinator: a stop flag, and the row each decoder thread has in hand.
+    """Shared memory between a lane and the coordinator: a stop flag, and the rows each worker has in hand.
 
     No locks, so that a child killed at any instruction leaves nothing locked; every cell is one aligned int64.
     """
 
     def __init__(self, workers: int) -> None:
-        self._cells: Any = multiprocessing.get_context("spawn").RawArray("q", 1 + 2 * workers)
+        self._cells: Any = multiprocessing.get_context("spawn").RawArray("q", 1 + 3 * workers)
 
     def stop(self) -> None:
         self._cells[0] = 1
@@ -102,21 +119,23 @@ class Board:
     def stopped(self) -> bool:
         return bool(self._cells[0])
 
-    def start(self, worker: int, row_id: int, deadline_s: float) -> None:
-        self._cells[2 + 2 * worker] = time.monotonic_ns() + int(deadline_s * 1e9)
-        self._cells[1 + 2 * worker] = row_id
+    def start(self, worker: int, row_id: int, deadline_s: float, last_id: int = 0) -> None:
+        """`worker` takes a row, or a batch of rows between `row_id` and `last_id`."""
+        self._cells[3 + 3 * worker] = time.monotonic_ns() + int(deadline_s * 1e9)
+        self._cells[2 + 3 * worker] = max(row_id, last_id)
+        self._cells[1 + 3 * worker] = row_id
 
     def finish(self, worker: int) -> None:
-        self._cells[1 + 2 * worker] = 0
+        self._cells[1 + 3 * worker] = 0
 
-    def in_hand(self) -> set[int]:
-        """Rows being decoded now (manifest ids start at 1, so 0 means idle)."""
-        return {int(row) for row in self._cells[1::2] if row}
+    def in_hand(self) -> list[tuple[int, int]]:
+        """First and last row of what each busy worker has (manifest ids start at 1, so 0 means idle)."""
+        pairs = zip(self._cells[1::3], self._cells[2::3], strict=True)
+        return [(int(first), int(last)) for first, last in pairs if first > 0]
 
-    def overdue(self) -> set[int]:
+    def overdue(self) -> bool:
         now = time.monotonic_ns()
-        pairs = zip(self._cells[1::2], self._cells[2::2], strict=True)
-        return {int(row) for row, deadline in pairs if row and deadline < now}
+        return any(row and deadline < now for row, deadline in zip(self._cells[1::3], self._cells[3::3], strict=True))
 
 
 @dataclass(frozen=True)
@@ -124,6 +143,7 @@ class LaneSpec:
     """All a child needs to start; crosses the process border once."""
 
     name: str
+    device: str  # "cpu" or "gpu:<index>"
     source: Source
     artifact_path: Path
     preprocess: Preprocess
@@ -133,6 +153,11 @@ class LaneSpec:
     decode_threads: int
     space: str
     log_path: Path  # what C libraries print, and the stack of a crash
+    batch: int | None = None  # rows; None for what the engine was built with. Less once GPU memory was full
+
+    @property
+    def kind(self) -> Device:
+        return "cpu" if self.device == "cpu" else "gpu"
 
 
 @dataclass
@@ -153,7 +178,8 @@ class Lane:
     def start(cls, spec: LaneSpec) -> Lane:
         context = multiprocessing.get_context("spawn")
         ours, theirs = context.Pipe()
-        board = Board(spec.decode_threads)
+        board = Board(spec.decode_threads + ENGINE_SLOTS_MAX)
+        board.start(0, STARTING, START_DEADLINE_S)
         process = context.Process(target=_child, args=(spec, theirs, board), name=spec.name, daemon=True)
         process.start()
         theirs.close()  # so that the child's death is an end of file here
@@ -170,15 +196,20 @@ class Lane:
         self.conn.close()
 
     def close(self) -> None:
-        """Ask the child to leave, and make sure it has."""
+        """Ask the child to leave, and make sure it has. One that is still starting would not listen."""
         with contextlib.suppress(OSError):  # it has left already
             self.conn.send(None)
-        self.process.join(timeout=5)
+        self.process.join(timeout=5 if self.ready else 0)
         self.kill()
 
 
 def _child(spec: LaneSpec, conn: Connection, board: Board) -> None:
     """Imports torch in the child alone: in the coordinator it would cost 150 MB and more than a second of start-up."""
+    if spec.kind == "gpu":
+        index, visible = int(spec.device.partition(":")[2]), os.environ.get("CUDA_VISIBLE_DEVICES")
+        # The index counts what is visible now; from here on, before any library asks, that one is.
+        os.environ["CUDA_VISIBLE_DEVICES"] = visible.split(",")[index].strip() if visible else str(index)
     from pipeline.lane_process import lane_main
 
     lane_main(spec, conn, board)
+

@@ -2,7 +2,8 @@
 
 Every pending row is handed out until it has an outcome. When a lane dies or hangs, the rows it had in hand are retried
 alone, one per chunk; one that takes a lane down by itself is quarantined, and everything else goes back to the queue.
-Each lane holds two chunks, so that it never waits for the coordinator between them.
+A lane whose GPU memory was full starts again with half the batch. A lane that cannot go on is given up and the others
+finish its work. Each lane holds two chunks, so that it never waits for the coordinator between them.
 """
 
 from __future__ import annotations
@@ -13,18 +14,20 @@ import sys
 import time
 from collections import Counter, defaultdict, deque
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from multiprocessing.connection import wait
 
 from pipeline.batch import Reason
 from pipeline.lanes import (
     STOP_GRACE_S,
     TICK_S,
+    Broken,
     Chunk,
     Claim,
     Done,
     Lane,
     LaneSpec,
+    Lost,
     Message,
     Ready,
     Refused,
@@ -45,6 +48,10 @@ class LaneFailed(Exception):
     """No lane can do the work; the words are the lane's own."""
 
 
+class LaneRefused(LaneFailed):
+    """A lane that the user asked for cannot be had at all."""
+
+
 @dataclass
 class Totals:
     """What this run did, by outcome."""
@@ -54,7 +61,7 @@ class Totals:
     quarantined_new: int = 0
     decoders: Counter[str] = field(default_factory=Counter)
     bound_s: defaultdict[str, float] = field(default_factory=lambda: defaultdict(float))  # by bound stage
-    engine: str = ""
+    engines: dict[str, str] = field(default_factory=dict)  # lane -> runtime and precision, and what became of it
 
 
 @dataclass
@@ -65,6 +72,7 @@ class Sharing:
     specs: Sequence[LaneSpec]
     stopping: Callable[[], bool]
     on_tick: Callable[[Lane, Tick, Totals], None]
+    all_needed: bool = True  # a lane that cannot even start ends the run
     totals: Totals = field(default_factory=Totals)
     lanes: list[Lane] = field(default_factory=list)
     returned: deque[PendingItem] = field(default_factory=deque)  # of chunks whose lane died
@@ -73,14 +81,15 @@ class Sharing:
     left: int = 0  # rows of this pass not handed out yet
     chunk_number: int = 0
     claimed: dict[bytes, int] = field(default_factory=dict)  # content hash -> chunk that computes it
-    deaths: int = 0  # in a row, with no suspect and no finished chunk
+    accused: dict[str, tuple[PendingItem, Lane]] = field(default_factory=dict)  # lane -> what it died of, alone
+    deaths: Counter[str] = field(default_factory=Counter)  # of each lane, since its last finished chunk
     _left_before: int = sys.maxsize  # pending rows when this pass began
 
     def run(self) -> Totals:
         """Until every pending row has an outcome, or the run is stopped.
 
         Raises:
-            LaneFailed: a lane refused to start, met a bug of ours, or keeps dying with no picture to blame.
+            LaneFailed: a lane met a bug of ours, or every lane was given up. LaneRefused: one cannot be had at all.
         """
         self.left = self.store.counts().pending
         self.lanes = [Lane.start(spec) for spec in self.specs]
@@ -103,7 +112,8 @@ class Sharing:
             for lane in self.lanes:
                 if lane.ready and not lane.alone and len(lane.chunks) < CHUNKS_PER_LANE:
                     self._give(lane)
-        if any(lane.chunks or not lane.ready for lane in self.lanes):
+        # A lane that is still starting is waited for only if it must judge a picture, or there is no other.
+        if self.accused or any(lane.chunks for lane in self.lanes) or not any(lane.ready for lane in self.lanes):
             return True
         return self._another_pass()
 
@@ -130,7 +140,9 @@ class Sharing:
         """About CHUNK_S of work, whole batches, and never more than a lane's fair share of half of what is left."""
         assert lane.ready
         wanted: float = min(CHUNK_S * (lane.rows_per_s or lane.ready.rows_per_s), CHUNK_ROWS_MAX)
-        fair = self.left / (2 * len(self.lanes))
+        # By speed, so that all lanes are through at the same time, however slow one is.
+        speed = {other.spec.name: other.rows_per_s or other.ready.rows_per_s for other in self.lanes if other.ready}
+        fair = self.left * speed[lane.spec.name] / (2 * sum(speed.values()))
         return lane.ready.batch * max(1, math.ceil(min(wanted, fair) / lane.ready.batch))
 
     def _another_pass(self) -> bool:
@@ -150,7 +162,7 @@ class Sharing:
             try:
                 self._handle(lane, lane.conn.recv())
             except (EOFError, ConnectionError):
-                self._bury(lane)
+                self._bury(lane, Lost(""))
 
     def _handle(self, lane: Lane, message: Message) -> None:
         match message:
@@ -164,9 +176,14 @@ class Sharing:
                 self.totals.bound_s[message.bound] += message.seconds
                 self.on_tick(lane, message, self.totals)
             case Ready():
-                lane.ready, self.totals.engine = message, message.engine
-                log.info("%s runs %s", lane.spec.name, message.engine)
+                self._welcome(lane, message)
             case Refused(words):
+                if lane.spec.name not in self.totals.engines and (self.all_needed or len(self.specs) == 1):
+                    raise LaneRefused(words)
+                self._give_up(lane, words)
+            case Lost():
+                self._bury(lane, message)
+            case Broken(words):
                 raise LaneFailed(words)
 
     def _judge(self, claim: Claim) -> list[bool]:
@@ -185,7 +202,8 @@ class Sharing:
         self.totals.quarantined_new += committed.quarantined_new
         self.totals.decoders.update(done.decoders)
         self._release(lane, done.chunk)
-        lane.alone, self.deaths = False, 0
+        lane.alone = False
+        del self.deaths[lane.spec.name]
 
     def _release(self, lane: Lane, chunk_number: int) -> Chunk:
         self.claimed = {h: number for h, number in self.claimed.items() if number != chunk_number}
@@ -199,29 +217,74 @@ class Sharing:
                 lane.hung = True
                 lane.process.kill()  # the end of file on its pipe does the rest
 
-    def _bury(self, lane: Lane) -> None:
+    def _bury(self, lane: Lane, lost: Lost) -> None:
         """A lane died: settle its rows and start another in its place."""
-        rows = [row for number in list(lane.chunks) for row in self._release(lane, number).rows]
-        in_hand = lane.board.in_hand()
+        name, in_hand = lane.spec.name, lane.board.in_hand()
         lane.kill()
-        if lane.alone:
-            self._condemn(rows.pop(), "timeout" if lane.hung else "decoder_crash", lane.process.exitcode)
-        elif not in_hand:
-            self.deaths += 1
-        if self.deaths >= LANE_DEATHS_MAX:
-            raise LaneFailed(
-                f"{lane.spec.name} died {self.deaths} times in a row (exit code {lane.process.exitcode}) with no "
-                f"picture in hand: out of memory, or a fault of the engine; see the system log and {lane.spec.log_path}"
-            )
-        log.warning(
-            "%s died (exit code %s); %d unfinished rows are retried, %d of them alone; its last words: %s",
-            lane.spec.name, lane.process.exitcode, len(rows), len(in_hand) if rows else 0, lane.spec.log_path,
-        )
-        self.suspects.extend(row for row in rows if row.id in in_hand)
-        self.returned.extend(row for row in rows if row.id not in in_hand)
+        rows = self._rows_of(lane)
         self.lanes.remove(lane)
-        if not self.stopping():
+        if lost.full_at:
+            self._shrink(lane, lost, rows)
+            return
+        suspects = [row for row in rows if lane.alone or any(first <= row.id <= last for first, last in in_hand)]
+        blamed = {row.id for row in suspects}
+        self.returned.extend(row for row in rows if row.id not in blamed)
+        if lane.alone:
+            self.accused[name] = (suspects.pop(), lane)
+        self.suspects.extend(suspects)
+        if lost.words or not in_hand:
+            self.deaths[name] += 1
+        log.warning(
+            "%s died (exit code %s%s); %d unfinished rows are retried, %d of them alone; its last words: %s",
+            name, lane.process.exitcode, lost.words and f": {lost.words}", len(rows), len(suspects), lane.spec.log_path,
+        )
+        if self.deaths[name] >= LANE_DEATHS_MAX:
+            self._give_up(
+                lane,
+                f"{name} died {self.deaths[name]} times in a row (exit code {lane.process.exitcode}) with no picture "
+                f"in hand: out of memory, or a fault of the engine; see the system log and {lane.spec.log_path}",
+            )
+        elif not self.stopping():
             self.lanes.append(Lane.start(lane.spec))
+
+    def _shrink(self, lane: Lane, lost: Lost, rows: list[PendingItem]) -> None:
+        """GPU memory was full: nobody's picture is to blame, and the lane goes on with half the batch."""
+        (self.suspects if lane.alone else self.returned).extend(rows)
+        if lost.full_at == 1:
+            self._give_up(lane, f"{lane.spec.name}: its memory is full even with one picture at a time: {lost.words}")
+        elif not self.stopping():
+            batch = lost.full_at // 2
+            log.warning(
+                "%s: GPU memory is full with batches of %d (%s); it goes on with %d",
+                lane.spec.name, lost.full_at, lost.words, batch,
+            )
+            self.lanes.append(Lane.start(replace(lane.spec, batch=batch)))
+
+    def _give_up(self, lane: Lane, words: str) -> None:
+        """The run goes on with what is left. What the lane was accused of is open again: it may be the lane's fault."""
+        name = lane.spec.name
+        self.totals.engines[name] = f"{self.totals.engines.get(name, '')} (given up)".strip()
+        if name in self.accused:
+            self.suspects.append(self.accused.pop(name)[0])
+        if lane in self.lanes:
+            lane.kill()
+            self.lanes.remove(lane)
+            self.returned.extend(self._rows_of(lane))
+        if not self.lanes:
+            raise LaneFailed(f"{words}. No lane is left; what is done is committed, and the same command goes on there")
+        left = ", ".join(other.spec.name for other in self.lanes)
+        log.error("%s is given up, the run goes on with %s: %s", name, left, words)
+
+    def _rows_of(self, lane: Lane) -> list[PendingItem]:
+        return [row for number in list(lane.chunks) for row in self._release(lane, number).rows]
+
+    def _welcome(self, lane: Lane, ready: Ready) -> None:
+        """A device that starts again and gives right pixels is not what killed the lane that had one row in hand."""
+        lane.ready, self.totals.engines[lane.spec.name] = ready, ready.engine
+        log.info("%s runs %s, batches of %d", lane.spec.name, ready.engine, ready.batch)
+        if accused := self.accused.pop(lane.spec.name, None):
+            row, dead = accused
+            self._condemn(row, "timeout" if dead.hung else "decoder_crash", dead.process.exitcode)
 
     def _condemn(self, row: PendingItem, reason: Reason, exitcode: int | None) -> None:
         words = f"took its decoder process down twice, the second time alone (exit code {exitcode})"

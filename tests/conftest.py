@@ -16,6 +16,26 @@ os.environ.setdefault("OMP_NUM_THREADS", "2")
 os.environ.setdefault("HF_HUB_OFFLINE", "1")
 os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
 
+
+
+def pytest_configure(config: pytest.Config) -> None:
+    config.addinivalue_line("markers", "gpu: needs an NVIDIA GPU; skipped without one, a failure under REQUIRE_GPU=1")
+
+
+@pytest.hookimpl(tryfirst=True)
+def pytest_runtest_setup(item: pytest.Item) -> None:
+    """Before any fixture: a GPU host that cannot run its GPU tests must not look like one that passed them."""
+    if item.get_closest_marker("gpu") is None:
+        return
+    from pipeline.devices import gpu_trouble
+
+    if not (problem := gpu_trouble()):
+        return
+    if os.environ.get("REQUIRE_GPU") == "1":
+        pytest.fail(f"REQUIRE_GPU=1, but {problem}", pytrace=False)
+    pytest.skip(problem)
+
+
 SHARED_DATA = Path(__file__).resolve().parents[2] / "shared" / "data"
 
 

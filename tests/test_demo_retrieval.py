@@ -42,3 +42,7 @@ def test_held_out_pictures_and_combinations_are_found(tmp_path: Path) -> None:
                 best = np.sort(image_emb_nd @ query_d.astype(np.float32))[::-1][:9]
                 hits = top_k(generation, query_d, 9)
                 np.testing.assert_allclose([hit.score for hit in hits], best, atol=1e-3)
+        shown_by_key = dict(zip(keys, shown, strict=True))
+        (question,) = embed_texts(artifact, ["a blue star"])  # what `make demo` asks
+        nine = [shown_by_key[hit.key] for hit in top_k(generation, question, 9)]
+        assert [(picture.colour, picture.shape) for picture in nine] == [("blue", "star")] * 9
