@@ -14,10 +14,10 @@ help:  ## print this
 
 setup: $(VENV)/.done  ## environment in .venv from the pinned versions in constraints.txt
 
-$(VENV)/.done: pyproject.toml constraints.txt
+$(VENV)/.done: pyproject.toml constraints.txt pipeline/resize.c
 	$(PYTHON) -c 'import sys; v = sys.version_info[:2]; sys.exit(None if (3, 11) <= v < (3, 14) else f"Python 3.11 to 3.13 is needed, this is {v[0]}.{v[1]}: make setup PYTHON=python3.12")'
 	$(PYTHON) -m venv $(VENV)
-	$(VENV)/bin/pip install --quiet --disable-pip-version-check --constraint constraints.txt --editable '.[cpu,dev]'
+	$(VENV)/bin/pip install --quiet --disable-pip-version-check --constraint constraints.txt --editable '.[cpu,nogpu,dev]'
 	@touch $@
 
 demo: setup  ## generated pictures in, index and nine answers out, with the model that ships here (minutes)
@@ -26,19 +26,26 @@ demo: setup  ## generated pictures in, index and nine answers out, with the mode
 	$(RUN) -m pipeline.index --source folder --root $(OUT)/pictures --model export/demo --out $(OUT)/index
 	$(RUN) -m pipeline.search "a blue star" --out $(OUT)/index --grid $(OUT)/nine.png
 
-engines: setup  ## export, compile and check the model for this host [MODEL=hub-id-or-folder]
-	@$(RUN) -m engines.build $(if $(MODEL),--model $(MODEL)) $(if $(RUNTIME),--runtime $(RUNTIME))
+engines: setup  ## export, compile and check the model for this host [MODEL=hub-id-or-folder RUNTIME= PRECISION= TARGET=]
+	@$(RUN) -m engines.build $(if $(MODEL),--model $(MODEL)) $(if $(RUNTIME),--runtime $(RUNTIME)) $(if $(PRECISION),--precision $(PRECISION)) $(if $(TARGET),--target $(TARGET))
 
 test: setup  ## the whole test suite
 	$(RUN) -m pytest $(ARGS)
 
-lint: setup  ## ruff, mypy --strict, import contracts
+lint: $(VENV)/.lint  ## ruff, mypy --strict, import contracts, Dockerfile
 	$(VENV)/bin/ruff check .
 	$(VENV)/bin/mypy
 	$(VENV)/bin/lint-imports
+	$(VENV)/bin/hadolint docker/Dockerfile
+
+# mypy reads CV-CUDA's type stubs, which come with 128 MB of library: only those who lint pay for them.
+$(VENV)/.lint: $(VENV)/.done
+	$(VENV)/bin/pip install --quiet --disable-pip-version-check --constraint constraints.txt --editable '.[lint]'
+	@touch $@
 
 bench: setup  ## the figures of docs/benchmarks on this host: PICTURES=folder-of-jpegs MODEL=folder [OUT=...]
 	$(RUN) -m engines.build --model $(MODEL)
+	-$(RUN) -m engines.build --model $(MODEL) --precision int8
 	$(RUN) -m pipeline.bench store --out $(OUT)
 	$(RUN) -m pipeline.bench memory --pictures $(PICTURES) --model $(MODEL) --images 1000 10000 --out $(OUT)
 	$(RUN) -m pipeline.bench race --pictures $(PICTURES) --model $(MODEL) --images 48 --out $(OUT)
@@ -46,7 +53,7 @@ bench: setup  ## the figures of docs/benchmarks on this host: PICTURES=folder-of
 gpu-bundle: setup  ## offline bundle of wheels for an air-gapped Python 3.12 / CUDA 13 host, into bundle/
 	$(RUN) docker/gpu_bundle.py bundle
 
-gpu-check:  ## ask the GPU of this host the questions the GPU stages depend on [GPU_PYTHON=python3]
+gpu-check:  ## GPU tests, then what this host really does and how fast, into docs/benchmarks/ (8 minutes) [GPU_PYTHON=python3]
 	$(GPU_PYTHON) -m pipeline.check_gpu
 
 lock: setup  ## renew constraints.txt from what .venv holds

@@ -1,4 +1,4 @@
-"""The proof an artifact carries: pictures, texts, what the original model makes of them. No pickle; 24 MB at 224 pixels.
+"""The proof an artifact carries: pictures, texts, what the original model makes of them. No pickle; 24 MB.
 
     golden = np.load("golden/golden.npz")
     image_bytes    (total,) uint8: the encoded pictures, number i at [image_offsets[i]:image_offsets[i + 1]]
@@ -8,10 +8,10 @@
     image_vectors  (n, d) float32, unit norm: Hugging Face's fp32 model on those pixels
     texts          (m,) unicode, ids (m, context) int32, text_vectors (m, d) float32, unit norm: likewise
 
-The first twelve pictures cover what a decoder and a resizer can get wrong: both orientations, enlarging, extreme shapes,
-chroma subsampling, grey, palette, alpha, progressive scans and an EXIF rotation. The others make the set large enough to
-ask which nine are nearest. They are made from seeded noise of several scales, gradients and shapes, so nobody's photos
-travel with a model.
+The first twelve pictures cover what a decoder and a resizer can get wrong: both orientations, enlarging, extreme
+shapes, chroma subsampling, grey, palette, alpha, progressive scans and an EXIF rotation. The others make the set large
+enough to ask which nine are nearest. They are made from seeded noise of several scales, gradients and shapes, so
+nobody's photos travel with a model.
 """
 
 from __future__ import annotations

@@ -5,8 +5,9 @@
 
 B/32 takes 60 to 100 s on 2 cores. Freezing packs every weight for the GEMM it meets. The number of threads stays open
 (`dynamic_threads`): it is chosen when the engine is opened. bf16 keeps weights and activations in 16 bits; LayerNorm
-statistics, softmax and the final norm are computed in fp32 all the same. int8 is `export.int8`. Tried and left out: inductor's own C++ GEMM
-templates (max_autotune), 0.6 of the speed of oneDNN's on these shapes and twice the build time.
+statistics, softmax and the final norm are computed in fp32 all the same. int8 is `export.int8`.
+Tried and left out: inductor's own C++ GEMM templates (max_autotune), 0.6 of the speed of oneDNN's on these shapes and
+twice the build time.
 On a GPU (not run on one yet) attention is one operation, GEMMs are cuBLAS's, the rest is fused into Triton kernels; the
 number of rows stays open, so that a lane that runs out of memory opens the same package at half its batch.
 """

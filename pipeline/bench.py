@@ -1,8 +1,8 @@
 """`python -m pipeline.bench`: the figures of docs/benchmarks, each one JSON file with command, hardware and versions.
 
-    race      end-to-end images/s against what users run today, and against our own engine alone: same files, same
-              cores, interleaved rounds. Every contestant is timed on N and on 2N pictures; the difference is its rate,
-              so that nobody pays for imports and model load.
+    race      end-to-end images/s against what users run today, and against our own engines alone: same files, same
+              cores, interleaved rounds. Every contestant is timed on n and on 2n pictures; the difference is its rate,
+              so that nobody pays for imports and model load. The faster ones get more pictures, for similar times.
     memory    peak RSS of lane and coordinator by number of pictures; a tiny model leaves the pipeline alone to be seen
     store     rows/s into shards alone, and with the manifest
 
@@ -22,9 +22,10 @@ import sys
 import tempfile
 import time
 from collections.abc import Callable
+from functools import partial
 from importlib.metadata import version
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal
 
 import numpy as np
 import psutil
@@ -40,10 +41,10 @@ PACKAGES = ("torch", "onnxruntime", "transformers", "simplejpeg", "pillow", "h5p
 ENGINE_S = 12.0  # of running the engine alone
 
 
-def unique_copies(pictures: list[Path], folder: Path, count: int) -> None:
+def unique_copies(pictures: list[Path], folder: Path, count: int, first: int = 0) -> None:
     """`count` JPEGs with the pixels of `pictures` in turn, each with a comment of its own: new bytes, same work."""
     folder.mkdir(parents=True)
-    for number in range(count):
+    for number in range(first, first + count):
         encoded = pictures[number % len(pictures)].read_bytes()
         comment = f"copy {number}".encode()
         segment = b"\xff\xfe" + (len(comment) + 2).to_bytes(2, "big") + comment
@@ -60,8 +61,18 @@ def last_json(command: list[str]) -> dict[str, Any]:
 
 def index_command(root: Path, out: Path, model: str) -> list[str]:
     return [
-        sys.executable, "-m", "pipeline.index", "--source", "folder", "--root", str(root), "--out", str(out),
-        "--model", model, "--json",
+        sys.executable,
+        "-m",
+        "pipeline.index",
+        "--source",
+        "folder",
+        "--root",
+        str(root),
+        "--out",
+        str(out),
+        "--model",
+        model,
+        "--json",
     ]
 
 
@@ -73,38 +84,50 @@ def race(pictures: Path, model: str, images: int, rounds: int, fastembed_python:
     jpegs = sorted(path for path in pictures.rglob("*.jpg"))
     if not jpegs:
         raise SystemExit(f"no *.jpg below {pictures}; --pictures wants a folder of JPEG photos")
+    artifact, ours = find_artifact(model), ["nightjar"]
+    precisions: dict[str, Literal["auto", "int8"]] = {"nightjar": "auto"}
+    if any(card.precision == "int8" for _, card in artifact.cards()):
+        precisions["nightjar int8"] = "int8"
+        ours.append("nightjar int8")
     with tempfile.TemporaryDirectory() as name:
         work = Path(name)
-        for count in (images, 2 * images):
-            unique_copies(jpegs, work / str(count), count)
-        contestants: dict[str, Callable[[Path], float]] = {
-            "nightjar": lambda root: _timed_index(root, work, model),
-            "hf-one": _peer("hf-one", sys.executable, model, work),
-            "hf-batched": _peer("hf-batched", sys.executable, model, work),
-            "fastembed": _peer("fastembed", fastembed_python, model, work),
+        contestants: dict[str, tuple[int, Callable[[Path], float]]] = {
+            "hf-one": (images, _peer("hf-one", sys.executable, model, work)),
+            "hf-batched": (2 * images, _peer("hf-batched", sys.executable, model, work)),
+            "fastembed": (2 * images, _peer("fastembed", fastembed_python, model, work)),
         }
+        for who, times in zip(ours, (4, 8), strict=False):
+            contestants[who] = (
+                times * images,
+                partial(_timed_index, work=work, model=model, precision=precisions[who]),
+            )
+        for count in {size for n, _ in contestants.values() for size in (n, 2 * n)}:
+            unique_copies(jpegs, work / str(count), count)
         _give_fastembed_its_graph(model)
         table: list[dict[str, float]] = []
         for _ in range(rounds):
-            row = {who: _marginal_rate(run, work, images) for who, run in contestants.items()}
-            row["engine alone"] = engine_rate(model)
+            row = {who: _marginal_rate(run, work, n) for who, (n, run) in contestants.items()}
+            row |= {f"{who}, engine alone": engine_rate(model, precisions[who]) for who in ours}
             table.append(row)
             print(json.dumps(row), file=sys.stderr, flush=True)
     return {
-        "images": [images, 2 * images], "pictures": f"{len(jpegs)} JPEGs, each with a unique comment", "rounds": table,
+        "images": {who: [n, 2 * n] for who, (n, _) in contestants.items()},
+        "pictures": f"{len(jpegs)} JPEGs, each with a unique comment", "rounds": table,
         "median_images_per_s": {who: statistics.median(row[who] for row in table) for who in table[0]},
-        "nightjar_over": {who: statistics.median(row["nightjar"] / row[who] for row in table) for who in table[0]},
-    }
+        "over": {
+            mine: {who: statistics.median(row[mine] / row[who] for row in table) for who in table[0]} for mine in ours
+        },
+    }  # fmt: skip
 
 
 def _marginal_rate(run: Callable[[Path], float], work: Path, images: int) -> float:
     return images / (run(work / str(2 * images)) - run(work / str(images)))
 
 
-def _timed_index(root: Path, work: Path, model: str) -> float:
+def _timed_index(root: Path, work: Path, model: str, precision: str) -> float:
     out = work / "index"
     shutil.rmtree(out, ignore_errors=True)
-    report = last_json(index_command(root, out, model))
+    report = last_json([*index_command(root, out, model), "--precision", precision])
     assert report["embedded"] == len(os.listdir(root)), report
     return float(report["seconds"])
 
@@ -125,19 +148,20 @@ def _give_fastembed_its_graph(model: str) -> None:
         shutil.copyfile(find_artifact(model).onnx("vision", "fp32"), target)
 
 
-def engine_rate(model: str) -> float:
-    """Images/s of the engine `index` would take, alone, on random pixels."""
-    engine = open_engine(find_artifact(model), "vision")
+def engine_rate(model: str, precision: Literal["auto", "int8"]) -> float:
+    """Images/s of the engine `index` would take, alone, on random pixels, two batches in flight as in a lane."""
+    engine = open_engine(find_artifact(model), "vision", precision=precision)
     rows = engine.card.batch
-    engine.input(0)[:] = np.random.default_rng(0).standard_normal(engine.input(0).shape, np.float32)
-    engine.launch(0, rows)
+    for slot in (0, 1):
+        engine.input(slot)[:] = np.random.default_rng(slot).standard_normal(engine.input(slot).shape, np.float32)
+        engine.launch(slot, rows)
     engine.result(0)
     done, start_s = 0, time.monotonic()
-    while time.monotonic() - start_s < ENGINE_S:
-        engine.launch(0, rows)
-        engine.result(0)
+    while (seconds := time.monotonic() - start_s) < ENGINE_S:
+        engine.launch(done // rows % 2, rows)
         done += rows
-    return done / (time.monotonic() - start_s)
+        engine.result(done // rows % 2)
+    return done / seconds
 
 
 # ---- memory ------------------------------------------------------------------------------------------------------
@@ -191,7 +215,9 @@ def store(rows: int, dim: int, rounds: int) -> dict[str, Any]:
     emb_nd /= np.linalg.norm(emb_nd, axis=1, keepdims=True)
     found = [_store_round(rows, emb_nd.astype(np.float16)) for _ in range(rounds)]
     return {
-        "rows": rows, "dim": dim, "rounds": found,
+        "rows": rows,
+        "dim": dim,
+        "rounds": found,
         "median_rows_per_s": {key: statistics.median(round_[key] for round_ in found) for key in found[0]},
     }
 
@@ -222,8 +248,9 @@ def _store_round(rows: int, emb_nd: np.ndarray[Any, np.dtype[np.float16]]) -> di
 
 
 def main(argv: list[str] | None = None) -> None:
-    parser = argparse.ArgumentParser(prog="python -m pipeline.bench", description=__doc__,
-                                     formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser = argparse.ArgumentParser(
+        prog="python -m pipeline.bench", description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
     parser.add_argument("what", choices=["race", "memory", "store"])
     parser.add_argument("--pictures", type=Path, help="race, memory: folder of JPEG photos")
     parser.add_argument("--model", help="race, memory: model folder whose engines are built")
@@ -238,9 +265,13 @@ def main(argv: list[str] | None = None) -> None:
         "store": lambda: store(131_072, 512, args.rounds),
     }
     result = {
-        "command": f"python -m pipeline.bench {args.what}", "date": time.strftime("%Y-%m-%d"), "host": host_id(),
-        "cores": len(os.sched_getaffinity(0)), "versions": {name: version(name) for name in PACKAGES},
-        "python": platform.python_version(), **measure[args.what](),
+        "command": f"python -m pipeline.bench {args.what}",
+        "date": time.strftime("%Y-%m-%d"),
+        "host": host_id(),
+        "cores": len(os.sched_getaffinity(0)),
+        "versions": {name: version(name) for name in PACKAGES},
+        "python": platform.python_version(),
+        **measure[args.what](),
     }
     args.out.mkdir(parents=True, exist_ok=True)
     (args.out / f"{args.what}.json").write_text(json.dumps(result, indent=1) + "\n")

@@ -1,17 +1,17 @@
-"""First contact with a GPU: ask it everything the GPU stages rest on, measure a little, write the answers down.
+"""`make gpu-check`: run the GPU tests, ask the GPU what its libraries really do, measure, and write it all down.
 
     python -m pipeline.check_gpu                                    # into docs/benchmarks/<date>-<gpu>/
-    python -m pipeline.check_gpu --artifact artifacts/NAME --pictures DIR --out DIR
+    python -m pipeline.check_gpu --pictures DIR --out DIR --only "image stage"
 
-Writes gpu_check.json and gpu_check.md. Exit 0: every check ran and passed; 1: some did not (each says why); 2: no GPU.
-Each check is a process of its own: a crash, a hang or a poisoned CUDA context costs one row, not the report. That
-start costs some 5 s a check; the whole is meant to take under 4 minutes. This file imports no GPU library.
+Writes gpu_check.json, gpu_check.md and plots. Exit 0: every part ran and passed, every figure is met; 1: not so, and
+the report says which and why; 2: no GPU. Tests, questions and preparation run beside each other, measurements one by
+one. Each part is a process of its own with a time limit: a crash, a hang or a poisoned CUDA context costs one row. All
+of it ends within 8 minutes: what did not fit is a row that says so. This file imports no GPU library.
 """
 
 from __future__ import annotations
 
 import argparse
-import ctypes
 import datetime
 import importlib
 import importlib.metadata
@@ -23,30 +23,46 @@ import shutil
 import signal
 import subprocess
 import sys
+import tempfile
 import time
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import Any, Literal, NamedTuple, TypeAlias
 
+from engines.memory_gpu import gpu_problem, gpus
+from pipeline.report_gpu import unmet, write_report
+from pipeline.rig_gpu import Job
+
 Status: TypeAlias = Literal["pass", "fail", "not run"]
-LIMIT_S = 120.0
-NEEDED = ("torch", "nvidia.nvimgcodec", "cvcuda", "onnxruntime")
+TOTAL_S = 480.0
+TOGETHER = 6  # processes at a time in the first phase: tests, two models, pictures, two questions
+WORK_BYTES = 24 << 30  # a RAM disk with this much room holds corpus and models
+NEEDED = ("torch", "transformers", "onnx", "nvidia.nvimgcodec", "cvcuda", "onnxruntime", "cv2", "pytest")
 LANES = tuple(f"{name}-cu{cuda}" for name in ("cvcuda", "nvidia-nvimgcodec", "tensorrt") for cuda in (12, 13))
-DISTRIBUTIONS = ("torch", "numpy", "pillow", "onnxruntime", "onnxruntime-gpu", "cuda-bindings", "nvidia-nvjpeg", *LANES)
+DISTRIBUTIONS = (
+    *("torch", "transformers", "numpy", "pillow", "onnxruntime", "onnxruntime-gpu", "cuda-bindings", "nvidia-nvjpeg"),
+    *("opencv-python-headless", *LANES),
+)
 
 
 class Check(NamedTuple):
     name: str
     question: str
     probe: str  # module:function
+    limit_s: float = 60.0
 
 
-CHECKS = (
+# Order of both: what takes longest, or matters most, first.
+TOGETHER_CHECKS = (
+    Check("prepare ViT-L-14", "Random weights and every GPU engine of this host", "prepare_gpu:l14", 180),
+    Check("prepare ViT-B-32", "Random weights and every GPU engine of this host", "prepare_gpu:b32", 160),
+    Check("tests", "Do the GPU tests pass, none skipped for want of a GPU?", "probes_gpu:gpu_tests", 180),
+    Check("prepare pictures", "Generated JPEGs, and a corpus of them", "prepare_gpu:pictures", 120),
     Check("a size order", "Is the size of an image (width, height), also after tvresize?", "probes_gpu:size_order"),
     Check("b float16 out", "Does the crop write float16, and the same as float32?", "probes_gpu:float16_out"),
     Check("c as_images", "Does CV-CUDA take decoded images with an explicit format?", "probes_gpu:as_images"),
     Check("d row pitch", "Are pixels right when a row is no multiple of the alignment?", "probes_gpu:row_pitch"),
     Check("e pixel levels", "How far are the pixels from the reference preprocessing?", "probes_gpu:pixel_levels"),
-    Check("e vectors", "How far are the vectors (needs --artifact)?", "measure_gpu:vectors"),
     Check("f refused", "Does a batch of broken files give None in each slot?", "probes_gpu:all_refused"),
     Check("f one", "Does a batch of one picture work?", "probes_gpu:one_picture"),
     Check("f thin", "Do 1 x N and N x 1 pictures work?", "probes_gpu:thin_pictures"),
@@ -54,92 +70,66 @@ CHECKS = (
     Check("g canary hybrid", "Does the CUDA decoder give true pixels, none all zero?", "probes_gpu:canary_hybrid"),
     Check("g canary engine", "Does the hardware engine give true pixels, none all zero?", "probes_gpu:canary_engine"),
     Check("g stream race", "Are pixels whole when the next batch is decoded at once?", "probes_gpu:stream_race"),
-    Check("ort without torch", "Does the CUDA provider load with no torch (needs --artifact)?", "measure_gpu:no_torch"),
-    Check("rate decode", "JPEG decode, images/s for each mix of decoders", "measure_gpu:decode_rates"),
-    Check("rate preprocess", "Resize, crop and normalise, images/s", "measure_gpu:preprocess_rate"),
-    Check("rate engine", "Vision graph on the CUDA provider, images/s (needs --artifact)", "measure_gpu:engine_rates"),
-    Check("memory", "Does GPU memory stay flat over batches of ever new sizes?", "measure_gpu:memory"),
 )
+ALONE_CHECKS = (
+    Check("index B/32", "`pipeline.index` from the page cache, images/s", "pipelines_gpu:index_b32", 90),
+    Check("pipelines", "The three pipelines that Bing published, images/s", "pipelines_gpu:pipelines", 60),
+    Check("image stage", "Decode and preprocess a batch of 32, ms", "measure_gpu:image_stage", 45),
+    Check("rates B/32", "Decode, preprocess, model, texts: each alone, rows/s", "measure_gpu:rates_b32", 60),
+    Check("latency", "One picture, bytes to vector, batch 1, ms", "measure_gpu:latency", 40),
+    Check("memory", "GPU memory of a B/32 lane; flat over 1,000 batches?", "measure_gpu:memory", 60),
+    Check("index L/14", "`pipeline.index` from the page cache, images/s", "pipelines_gpu:index_l14", 75),
+    Check("rates L/14", "Model alone, images/s", "measure_gpu:rates_l14", 45),
+    Check("replicas", "1, 2 and 4 engines on one GPU, images/s", "pipelines_gpu:replicas", 75),
+    Check("decode mixes", "JPEG decode for each mix of decoders, images/s", "measure_gpu:decode_mixes", 45),
+)
+CHECKS = TOGETHER_CHECKS + ALONE_CHECKS
 
 
-class NoGpu(Exception):
-    """This host cannot run any check; the message says what is missing."""
+class Run:
+    """All checks of one call, against one clock."""
+
+    def __init__(self, flags: list[str]) -> None:
+        self.flags, self.began = flags, time.monotonic()
+
+    def all(self) -> list[dict[str, Any]]:
+        with ThreadPoolExecutor(TOGETHER) as pool:
+            together = list(pool.map(self.one, TOGETHER_CHECKS))
+        return together + [self.one(check) for check in ALONE_CHECKS]
+
+    def one(self, check: Check) -> dict[str, Any]:
+        left_s = TOTAL_S - (time.monotonic() - self.began)
+        if left_s < check.limit_s / 2:
+            words = f"{left_s:.0f} of {TOTAL_S:.0f} s were left, it may take {check.limit_s:.0f} s"
+            done = row(check, "not run", f"{words}: python -m pipeline.check_gpu --only '{check.name}'", {}, 0.0)
+        else:
+            done = run_one(check, self.flags, min(check.limit_s, left_s))
+        print(f"{done['status']:8} {check.name:18} {done['answer']}", flush=True)
+        return done
 
 
-def find_gpu() -> dict[str, Any]:
-    """Name, compute capability and driver of device 0, asked of the driver itself.
-
-    Raises:
-        NoGpu: no driver, or no device.
-    """
-    try:
-        cuda = ctypes.CDLL("libcuda.so.1")
-    except OSError as error:
-        raise NoGpu(f"the NVIDIA driver is not here ({error})") from error
-    count, device, text = ctypes.c_int(), ctypes.c_int(), ctypes.create_string_buffer(256)
-    if (code := cuda.cuInit(0)) or (code := cuda.cuDeviceGetCount(ctypes.byref(count))) or not count.value:
-        raise NoGpu(f"the NVIDIA driver is here but shows no device (code {code}): is one visible to this user?")
-    numbers = {"cuda": ctypes.c_int(), "major": ctypes.c_int(), "minor": ctypes.c_int()}
-    cuda.cuDeviceGet(ctypes.byref(device), 0)
-    cuda.cuDeviceGetName(text, len(text), device)
-    cuda.cuDriverGetVersion(ctypes.byref(numbers["cuda"]))
-    cuda.cuDeviceGetAttribute(ctypes.byref(numbers["major"]), 75, device)  # 75, 76: compute capability
-    cuda.cuDeviceGetAttribute(ctypes.byref(numbers["minor"]), 76, device)
-    return {
-        "name": text.value.decode(errors="replace"),
-        "devices": count.value,
-        "compute_capability": f"{numbers['major'].value}.{numbers['minor'].value}",
-        "driver": driver_version(),
-        "driver_cuda": f"{numbers['cuda'].value // 1000}.{numbers['cuda'].value % 1000 // 10}",
-        "NVIDIA_DRIVER_CAPABILITIES": os.environ.get("NVIDIA_DRIVER_CAPABILITIES", "unset"),
-        "cpu_cores": len(os.sched_getaffinity(0)),
-    }
-
-
-def driver_version() -> str:
-    if (smi := shutil.which("nvidia-smi")) is None:
-        return "unknown (no nvidia-smi)"
-    asked = subprocess.run([smi, "--query-gpu=driver_version", "--format=csv,noheader"], capture_output=True, text=True)
-    return asked.stdout.split("\n")[0].strip() or f"unknown ({asked.stderr.strip()[:100]})"
-
-
-def versions() -> dict[str, str]:
-    found = {"python": sys.version.split()[0]}
-    for name in DISTRIBUTIONS:
-        try:
-            found[name] = importlib.metadata.version(name)
-        except importlib.metadata.PackageNotFoundError:
-            continue
-    return found
-
-
-def missing() -> list[str]:
-    """Packages the checks need that this Python does not have."""
-    return [name for name in NEEDED if not _there(name)]
-
-
-def _there(name: str) -> bool:
-    try:
-        return importlib.util.find_spec(name) is not None
-    except ModuleNotFoundError:  # the parent of a dotted name
-        return False
-
-
-def run_one(check: Check, flags: list[str], limit_s: float = LIMIT_S) -> dict[str, Any]:
+def run_one(check: Check, flags: list[str], limit_s: float) -> dict[str, Any]:
     """Run one check in a child process; whatever happens to the child becomes a row."""
-    command = [sys.executable, "-m", "pipeline.check_gpu", *flags, "--only", check.name]
+    command = [sys.executable, "-m", "pipeline.check_gpu", *flags, "--child", check.name]
     began = time.monotonic()
-    try:
-        done = subprocess.run(command, capture_output=True, text=True, errors="replace", timeout=limit_s)
-    except subprocess.TimeoutExpired as error:
-        return row(check, "fail", f"did not come back in {limit_s:.0f} s", {"stderr": _tail(error.stderr)}, limit_s)
+    # A session of its own, so that at the limit its own children (lanes, compilers) go too.
+    with subprocess.Popen(
+        command, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True, errors="replace", start_new_session=True
+    ) as process:
+        try:
+            stdout, stderr = process.communicate(timeout=limit_s)
+        except subprocess.TimeoutExpired:
+            os.killpg(process.pid, signal.SIGKILL)
+            _, stderr = process.communicate()
+            return row(check, "fail", f"did not come back in {limit_s:.0f} s", {"stderr": _tail(stderr)}, limit_s)
     seconds = time.monotonic() - began
     try:
-        told: dict[str, Any] = json.loads(done.stdout.strip().split("\n")[-1])
+        told: dict[str, Any] = json.loads(stdout.strip().split("\n")[-1])
     except ValueError:
-        how = signal.Signals(-done.returncode).name if done.returncode < 0 else f"exit {done.returncode}"
-        return row(check, "fail", f"the process died: {how}", {"stderr": _tail(done.stderr)}, seconds)
-    return row(check, told["status"], told["answer"], told["evidence"] | {"stderr": _tail(done.stderr)}, seconds)
+        code = process.returncode
+        how = signal.Signals(-code).name if code < 0 else f"exit {code}"
+        return row(check, "fail", f"the process died: {how}", {"stderr": _tail(stderr)}, seconds)
+    return row(check, told["status"], told["answer"], told["evidence"] | {"stderr": _tail(stderr)}, seconds)
 
 
 def row(check: Check, status: Status, answer: str, evidence: dict[str, Any], seconds: float) -> dict[str, Any]:
@@ -148,12 +138,11 @@ def row(check: Check, status: Status, answer: str, evidence: dict[str, Any], sec
     return check._asdict() | told
 
 
-def _tail(text: str | bytes | None) -> str:
-    text = text.decode(errors="replace") if isinstance(text, bytes) else text or ""
+def _tail(text: str) -> str:
     return re.sub(r"\x1b\[[\d;]*m", "", text).strip()[-2000:]
 
 
-def child(check: Check, job: Any) -> dict[str, Any]:
+def child(check: Check, job: Job) -> dict[str, Any]:
     """What the child process prints: the finding, or why there is none."""
     # Importing by name keeps this file free of GPU libraries; the others load theirs inside functions only.
     rig = importlib.import_module("pipeline.rig_gpu")
@@ -167,56 +156,91 @@ def child(check: Check, job: Any) -> dict[str, Any]:
     return {"status": "pass" if finding.ok else "fail", "answer": finding.answer, "evidence": finding.evidence}
 
 
-def write_report(out: Path, report: dict[str, Any]) -> None:
-    out.mkdir(parents=True, exist_ok=True)
-    (out / "gpu_check.json").write_text(json.dumps(report, indent=1) + "\n")
-    (out / "gpu_check.md").write_text(markdown(report))
+def describe() -> dict[str, Any]:
+    """The first GPU of this host; there is one."""
+    first = gpus()[0]
+    return {
+        "name": first.name,
+        "devices": len(gpus()),
+        "sm": first.sm,
+        "memory_mib": first.memory_bytes >> 20,
+        "driver": first.driver,
+        "NVIDIA_DRIVER_CAPABILITIES": os.environ.get("NVIDIA_DRIVER_CAPABILITIES", "unset"),
+        "cpu_cores": len(os.sched_getaffinity(0)),
+    }
 
 
-def markdown(report: dict[str, Any]) -> str:
-    lines = [f"# GPU check: {report['gpu']['name']}, {report['date']}", "", f"`{report['command']}`", ""]
-    lines += [f"- {key}: {value}" for key, value in (report["gpu"] | report["versions"]).items()]
-    lines += ["", "| check | question | status | answer | s |", "|---|---|---|---|---|"]
-    for one in report["checks"]:
-        cells = (one["name"], one["question"], one["status"], one["answer"], one["seconds"])
-        lines.append("| " + " | ".join(str(cell).replace("|", "\\|").replace("\n", " ") for cell in cells) + " |")
-    lines.append("\nEvidence for each answer is in gpu_check.json.\n")
-    return "\n".join(lines)
+def versions() -> dict[str, str]:
+    found = {"python": sys.version.split()[0]}
+    for name in DISTRIBUTIONS:
+        try:
+            found[name] = importlib.metadata.version(name)
+        except importlib.metadata.PackageNotFoundError:
+            continue
+    return found
+
+
+def missing() -> list[str]:
+    """Packages that some check needs and this Python does not have."""
+    return [name for name in NEEDED if not _there(name)]
+
+
+def _there(name: str) -> bool:
+    try:
+        return importlib.util.find_spec(name) is not None
+    except ModuleNotFoundError:  # the parent of a dotted name
+        return False
+
+
+def work_folder() -> str:
+    """Scratch space, in memory where a RAM disk has the room: disks take 10 GB at their own pace."""
+    ram = Path("/dev/shm")
+    roomy = ram.is_dir() and os.access(ram, os.W_OK) and shutil.disk_usage(ram).free >= WORK_BYTES
+    return tempfile.mkdtemp(prefix="nightjar-gpu-check-", dir=ram if roomy else None)
 
 
 def parse() -> argparse.Namespace:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser = argparse.ArgumentParser(
+        "python -m pipeline.check_gpu", description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
+    names = [check.name for check in CHECKS]
     parser.add_argument("--out", type=Path, metavar="DIR", help="default: docs/benchmarks/<date>-<gpu>")
-    parser.add_argument("--pictures", type=Path, metavar="DIR", help="JPEG files to use beside the generated ones")
-    parser.add_argument("--artifact", type=Path, metavar="DIR", help="exported model, for vectors and engine rates")
-    parser.add_argument("--only", choices=[check.name for check in CHECKS], help="run one check here, print its JSON")
+    parser.add_argument("--pictures", type=Path, metavar="DIR", help="JPEG files to ask about beside generated ones")
+    parser.add_argument("--only", choices=names, help="one check, after what is prepared for it; nothing is written")
+    parser.add_argument("--child", choices=names, help=argparse.SUPPRESS)
+    parser.add_argument("--work", type=Path, help=argparse.SUPPRESS)
     return parser.parse_args()
 
 
 def main() -> int:
     args = parse()
-    try:
-        gpu = find_gpu()
-    except NoGpu as reason:
-        also = f"; also missing: {', '.join(missing())}" if missing() else ""
-        print(f"no GPU check here: {reason}{also}. See docs/gpu.md", file=sys.stderr)
+    if problem := gpu_problem():
+        also = f". Also missing: {', '.join(missing())}" if missing() else ""
+        print(f"no GPU check here: {problem}{also}. See docs/gpu.md", file=sys.stderr)
         return 2
-    if args.only:
-        (check,) = [check for check in CHECKS if check.name == args.only]
-        print(json.dumps(child(check, args)))
+    if args.child:
+        (check,) = [check for check in CHECKS if check.name == args.child]
+        print(json.dumps(child(check, Job(args.work, args.pictures))))
         return 0
-    flags = [f"--{key}={value}" for key in ("pictures", "artifact") if (value := getattr(args, key))]
+    work = work_folder()
+    try:
+        run = Run([f"--work={work}", *([f"--pictures={args.pictures}"] if args.pictures else [])])
+        if args.only:
+            rows = [run.one(check) for check in CHECKS if check.name == args.only or check.name.startswith("prepare ")]
+        else:
+            rows = run.all()
+    finally:
+        shutil.rmtree(work, ignore_errors=True)
     today = datetime.date.today().isoformat()
-    out = args.out or Path("docs/benchmarks") / f"{today}-{re.sub(r'[^a-z0-9]+', '-', gpu['name'].lower()).strip('-')}"
-    rows = []
-    for check in CHECKS:
-        rows.append(run_one(check, flags))
-        print(f"{rows[-1]['status']:8} {check.name:18} {rows[-1]['answer']}", flush=True)
-    command = "python -m pipeline.check_gpu " + " ".join(sys.argv[1:])
-    report = {"schema": 1, "date": today, "command": command, "gpu": gpu, "versions": versions(), "checks": rows}
-    write_report(out, report)
-    print(f"written: {out}/gpu_check.json, {out}/gpu_check.md")
-    return 0 if all(one["status"] == "pass" for one in rows) else 1
+    command = " ".join(["python -m pipeline.check_gpu", *sys.argv[1:]])
+    report = {"schema": 2, "date": today, "command": command, "gpu": describe(), "versions": versions(), "checks": rows}
+    passed = all(one["status"] == "pass" for one in rows)
+    if args.only:
+        return 0 if passed else 1
+    name = re.sub(r"[^a-z0-9]+", "-", describe()["name"].lower()).strip("-")
+    written = write_report(args.out or Path("docs/benchmarks") / f"{today}-{name}", report)
+    print(f"written: {', '.join(map(str, written))}")
+    return 0 if passed and not unmet(rows) else 1
 
 
 if __name__ == "__main__":

@@ -1,219 +1,203 @@
-"""First measurements on a GPU, and what needs an exported model. Run through `python -m pipeline.check_gpu`.
+"""What a GPU host reaches, through the very stage and engines a lane uses. Run by `python -m pipeline.check_gpu`.
 
-Each takes seconds, not minutes: they say where the limits are, they are no benchmark. Never run on a GPU yet.
+Each function is one measurement in a process of its own, of some 10 to 60 s. Its figures go by name into the report,
+which holds them against `report_gpu.BARS`. One run on a shared host: ratios within one run say more than the numbers.
+Never run on a GPU yet.
 """
 
 from __future__ import annotations
 
-import ctypes
+import resource
 import time
-from collections import Counter
-from collections.abc import Callable
+from collections import deque
+from functools import partial
+from itertools import cycle, islice
 from pathlib import Path
 from typing import Any
 
 import numpy as np
-import numpy.typing as npt
+from tokenizers import Tokenizer
 
-from engines.spec import Artifact, ModelSpec
-from pipeline.rig_gpu import (
-    CPU,
-    DEVICE,
-    HYBRID,
-    SIZE,
-    CannotRun,
-    Decoder,
-    Finding,
-    Job,
-    Rig,
-    corpus,
-    jpeg,
-    mixed,
-    module,
-    shrink,
-    upright,
+import engines
+from pipeline.baseline_opencv import OpenCv
+from pipeline.line_gpu import (
+    Line,
+    batches,
+    engine_rate,
+    gpu_used_mib,
+    lane_spec,
+    median_ms,
+    open_engine,
+    per_second,
+    stream,
 )
+from pipeline.prepare_gpu import B32, L14, artifact, pool, runtimes
+from pipeline.rig_gpu import CPU, HYBRID, CannotRun, Decoder, Finding, Job, mixed
 
-BATCH = 256
-SECONDS = 2.0
-Vectors = npt.NDArray[np.float32]
-CUDA_EP = "CUDAExecutionProvider"
-# In the order in which they need each other; found beside torch where the CUDA 13 packages of pip keep them.
-CUDA_LIBRARIES = "cudart.so.13", "cublasLt.so.13", "cublas.so.13", "curand.so.10", "nvrtc.so.13", "cudnn.so.9"
+STAGE_ROWS = 32  # the published image stage is timed per batch of 32
+MEMORY_BATCHES, MEMORY_LIMIT_S, FLAT_MIB = 1000, 40.0, 256
 
 
-def per_second(step: Callable[[], None], rows: int, wait: Callable[[], None], warm: int = 3) -> float:
-    """Rows a second over about SECONDS, the queue drained before each reading of the clock."""
-    for _ in range(warm):
-        step()
-    wait()
-    began, steps = time.perf_counter(), 0
-    while time.perf_counter() - began < SECONDS:
-        step()
-        steps += 1
-    wait()
-    return rows * steps / (time.perf_counter() - began)
+def image_stage(job: Job) -> Finding:
+    """Bing published for 32 of about 400^2, 800^2, 1600^2: OpenCV 34.7, 176.7, 430.2 ms; GPU 9.1, 34.6, 69.0."""
+    line = Line(job, B32, runtimes(job, B32)[-1], batch=STAGE_ROWS)  # any engine: only its buffers are used
+    opencv = OpenCv(line.preprocess)
+    figures: dict[str, float] = {}
+    sizes = {}
+    for name in ("400", "800", "1600"):
+        encoded = pool(job, name)[:STAGE_ROWS]
+        gpu, cpu = _gpu_ms(line, encoded), _opencv_ms(opencv, encoded)
+        sizes[name] = {"gpu": gpu, "opencv": cpu, "kB": round(sum(map(len, encoded)) / STAGE_ROWS / 1000)}
+        figures[f"image stage {name}"] = gpu["total"]
+        figures[f"image stage {name} over OpenCV"] = round(cpu["total"] / gpu["total"], 2)
+    return Finding(True, f"{figures}", {"figures": figures, "ms": sizes})
 
 
-def decode_rates(job: Job) -> Finding:
-    """Every mix starts with full batches: the hardware engine's share of a batch is fixed by the first one."""
-    some = list(corpus(job, 64).values()) if job.pictures else [jpeg(500, 375, seed=i) for i in range(64)]
-    pictures = (some * BATCH)[:BATCH]
+def _gpu_ms(line: Line, encoded: list[bytes]) -> dict[str, float]:
+    """`decode` and `total` are measured, each until the GPU is done; `preprocess` is the difference."""
+
+    def decode() -> None:
+        held = line.stages.codec.decode(encoded)
+        line.stages.stream.synchronize()
+        del held
+
+    def both() -> None:
+        line.fill(encoded, 0)
+        line.wait(0)
+
+    decode_ms, total_ms = median_ms(decode), median_ms(both)
+    return {"decode": decode_ms, "preprocess": round(total_ms - decode_ms, 3), "total": total_ms}
+
+
+def _opencv_ms(opencv: OpenCv, encoded: list[bytes]) -> dict[str, float]:
+    """One thread. Five repeats: a batch of 1600^2 takes half a second."""
+    images: list[Any] = []
+
+    def decode() -> None:
+        images[:] = [opencv.decode(one) for one in encoded]
+
+    def preprocess() -> None:
+        for image in images:
+            opencv.preprocess(image)
+
+    decode_ms, preprocess_ms = median_ms(decode, 5), median_ms(preprocess, 5)
+    return {"decode": decode_ms, "preprocess": preprocess_ms, "total": round(decode_ms + preprocess_ms, 3)}
+
+
+def decode_mixes(job: Job) -> Finding:
+    """JPEG decode for each mix of decoders. Full batches from the start: the first fixes the engine's share of them."""
+    pictures, rates = pool(job, "500"), {}
     mixes = {f"engine {share}": mixed(share) for share in (0.3, 0.5, 0.65, 0.8, 1.0)}
-    mixes |= {"hybrid": [(HYBRID, 1.0), (CPU, 1.0)], "cpu": [(CPU, 1.0)]}
-    rates: dict[str, float] = {}
-    for name, backends in mixes.items():
+    for name, backends in (mixes | {"hybrid": [(HYBRID, 1.0), (CPU, 1.0)], "cpu": [(CPU, 1.0)]}).items():
         decoder = Decoder(backends)
         if failed := sum(image is None for image in decoder.decode(pictures)):
-            raise RuntimeError(f"{name}: {failed} of {BATCH} pictures were not decoded")
-        step = per_second(lambda d=decoder: d.decode(pictures), BATCH, decoder.stream.synchronize)  # type: ignore[misc]
-        rates[name] = round(step)
+            raise RuntimeError(f"{name}: {failed} of {len(pictures)} pictures were not decoded")
+        step = partial(_decode_step, decoder, pictures)
+        rates[name] = round(per_second(step, decoder.stream.synchronize, 1.5))
     best = max(rates, key=lambda name: rates[name])
-    kb = round(sum(map(len, pictures)) / BATCH / 1000)
-    return Finding(True, f"best {best}: {rates[best]} img/s at {kb} kB; all: {rates}", {"rates": rates, "kB": kb})
+    return Finding(True, f"best {best}: {rates[best]} img/s; all: {rates}", {"rates": rates})
 
 
-def preprocess_rate(job: Job) -> Finding:
-    rig, rates = Rig(), {}
-    decoded = rig.decode([jpeg(500, 375, seed=i % 16) for i in range(BATCH)])
-    images = rig.images(decoded)
-    for dtype in ("float32", "float16"):
-        shape = (BATCH, 3, SIZE, SIZE)
-        out = rig.torch.zeros(shape, dtype=getattr(rig.torch, dtype), device=rig.torch.device(DEVICE))
-        held: list[Any] = []
+def _decode_step(decoder: Decoder, pictures: list[bytes]) -> int:
+    decoder.decode(pictures)
+    return len(pictures)
 
-        def step(out: Any = out, held: list[Any] = held) -> None:
-            held[:] = [*held[-8:], rig.crop(rig.resize(images), out, (123, 117, 104), (68, 67, 70))]
 
-        rates[dtype] = round(per_second(step, BATCH, rig.stream.synchronize))
-    cache = int(rig.cv.current_cache_size_inbytes())
-    return Finding(True, f"{rates} img/s; CV-CUDA keeps {cache >> 20} MiB", {"rates": rates, "cache_bytes": cache})
+def rates_b32(job: Job) -> Finding:
+    """What UForm tables for its encoders: pictures and texts, preprocessed and encoded, per second."""
+    best = runtimes(job, B32)[0]
+    line = Line(job, B32, best)
+    pictures = list(islice(batches(pool(job, "500"), line.rows), 4))
+    turn, slots = cycle(pictures), cycle(range(line.engine.slots))
+
+    def decode() -> int:
+        held.append(line.stages.codec.decode(next(turn)))
+        return line.rows
+
+    def stage() -> int:
+        slot = next(slots)
+        line.wait(slot)  # for what was put there some batches ago
+        line.fill(next(turn), slot)
+        return line.rows
+
+    held: deque[Any] = deque(maxlen=2)
+    figures = {"B/32 decode alone": per_second(decode, line.stages.stream.synchronize)}
+    held.clear()
+    figures["B/32 decode and preprocess alone"] = per_second(stage, line.stages.stream.synchronize)
+    figures |= {f"B/32 {runtime} alone": _alone(job, B32, runtime) for runtime in runtimes(job, B32)}
+    figures["B/32 model alone"] = figures[f"B/32 {best} alone"]
+    figures |= _text_rates(job)
+    figures = {name: round(value) for name, value in figures.items()}
+    return Finding(True, f"{figures}", {"figures": figures, "batch": line.rows, "engine": best})
+
+
+def rates_l14(job: Job) -> Finding:
+    figures = {f"L/14 {runtime} alone": round(_alone(job, L14, runtime)) for runtime in runtimes(job, L14)}
+    figures["L/14 model alone"] = next(iter(figures.values()))
+    return Finding(True, f"{figures}", {"figures": figures})
+
+
+def _alone(job: Job, arch: str, runtime: str) -> float:
+    return engine_rate(open_engine(lane_spec(job, arch, runtime)))
+
+
+def _text_rates(job: Job) -> dict[str, float]:
+    """Queries are answered on the CPU, one or a few at a time."""
+    found = artifact(job, B32)
+    tokenizer, engine = Tokenizer.from_file(str(found.tokenizer_json)), engines.open_engine(found, "text")
+    texts = [f"a photo of a bird, number {number}, on a branch" for number in range(engine.card.batch)]
+    ids = np.array([one.ids for one in tokenizer.encode_batch(texts)], np.int32)
+
+    def tokenize() -> int:
+        return len(tokenizer.encode_batch(texts))
+
+    def encode() -> int:
+        engine.input(0)[:] = ids
+        engine.launch(0, len(ids))
+        return len(engine.result(0))
+
+    label = f"texts encoded, {engine.card.runtime}"
+    return {"texts preprocessed": per_second(tokenize, lambda: None, 1.0), label: per_second(encode, lambda: None, 1.0)}
+
+
+def latency(job: Job) -> Finding:
+    """Bytes of one picture to its vector on the host, batch 1 (engines of up to 16 rows run as CUDA graphs)."""
+    told: dict[str, list[float]] = {}
+    refused: dict[str, str] = {}
+    for runtime in runtimes(job, B32):
+        try:
+            line = Line(job, B32, runtime, batch=1)
+        except CannotRun as reason:
+            refused[runtime] = str(reason)
+            continue
+        times = []
+        for encoded in islice(cycle(pool(job, "500")), 330):
+            began = time.perf_counter()
+            line.fill([encoded], 0)
+            line.vectors(0, 1)
+            times.append(1000 * (time.perf_counter() - began))
+        told[runtime] = [round(float(np.percentile(times[30:], p)), 2) for p in (50, 90, 99)]
+    if not told:
+        raise CannotRun(f"no engine runs single pictures: {refused}")
+    figures = {"one picture p50": min(p50 for p50, _, _ in told.values())}
+    evidence = {"figures": figures, "percentiles": told, "refused": refused}
+    return Finding(True, f"p50, p90, p99 in ms: {told}", evidence)
 
 
 def memory(job: Job) -> Finding:
-    """The cache of CV-CUDA is keyed by exact shape, so ever new sizes are what makes it grow."""
-    rig, used = Rig(), []
-    for batch in range(60):
-        decoded = rig.decode([jpeg(200 + 7 * batch + i, 300 + 5 * i, seed=i) for i in range(8)])
-        rig.levels(decoded)
-        if batch % 10 == 9:
-            free, total = rig.torch.cuda.mem_get_info()
-            used.append((total - free) >> 20)
-    growth = used[-1] - used[1]
-    limit = int(rig.cv.get_cache_limit_inbytes()) >> 20
-    answer = f"GPU memory in MiB after 10, 20, ... batches: {used}; cache limit {limit} MiB"
-    return Finding(growth <= 256, answer, {"used_mib": used, "growth_mib": growth, "limit_mib": limit})
-
-
-def graphs(job: Job) -> tuple[Artifact, dict[str, Path]]:
-    if job.artifact is None:
-        raise CannotRun("no --artifact DIR given: export one with `make engines` and carry it here")
-    artifact = Artifact.open(job.artifact)
-    found = {"fp32": artifact.onnx("vision", "fp32"), "fp16": artifact.onnx("vision", "fp16")}
-    return artifact, {precision: path for precision, path in found.items() if path.is_file()}
-
-
-def session(ort: Any, graph: Path, stream: int | None) -> Any:
-    """A session whose matrix work is all on the CUDA provider, or an error that says what is not.
-
-    ORT drops a provider whose libraries do not load and goes on with the CPU, whatever `enable_fallback` says, so what
-    it did is asked for afterwards. Shape arithmetic on the CPU is its own choice and harmless.
-    """
-    options, own = ort.SessionOptions(), {"device_id": 0}
-    options.add_session_config_entry("session.record_ep_graph_assignment_info", "1")
-    if stream is not None:
-        own["user_compute_stream"] = stream
-    made = ort.InferenceSession(str(graph), options, providers=[(CUDA_EP, own)], enable_fallback=False)
-    if CUDA_EP not in made.get_providers():
-        raise RuntimeError(f"ORT dropped {CUDA_EP} and runs on {made.get_providers()}: its libraries did not load")
-    heavy: Counter[str] = Counter()
-    for part in made.get_provider_graph_assignment_info():
-        heavy.update(part.ep_name for node in part.get_nodes() if node.op_type in ("MatMul", "Gemm", "Conv"))
-    if set(heavy) - {CUDA_EP}:
-        raise RuntimeError(f"matrix nodes per provider: {dict(heavy)}, expected all on {CUDA_EP}")
-    return made
-
-
-class Bound:
-    """A vision graph with its input and output in GPU memory, on a stream of its own."""
-
-    def __init__(self, graph: Path, batch: int, spec: ModelSpec) -> None:
-        size, dim = spec.preprocess.size, spec.dim
-        self.torch = module("torch")  # before ORT: it brings cuBLAS and cuDNN along
-        device = self.torch.device(DEVICE)
-        self.stream = self.torch.cuda.Stream(device)
-        self.session = session(module("onnxruntime"), graph, self.stream.cuda_stream)
-        (into,), (out,) = self.session.get_inputs(), self.session.get_outputs()
-        types = {"tensor(float)": "float32", "tensor(float16)": "float16"}
-        self.x = self.torch.zeros((batch, 3, size, size), dtype=getattr(self.torch, types[into.type]), device=device)
-        self.y = self.torch.zeros((batch, dim), dtype=getattr(self.torch, types[out.type]), device=device)
-        self.torch.cuda.synchronize()
-        self.binding = self.session.io_binding()
-        for bind, one, tensor in ((self.binding.bind_input, into, self.x), (self.binding.bind_output, out, self.y)):
-            bind(one.name, device.type, 0, np.dtype(types[one.type]).type, tuple(tensor.shape), tensor.data_ptr())
-
-    def run(self) -> None:
-        self.session.run_with_iobinding(self.binding)
-
-
-def engine_rates(job: Job) -> Finding:
-    artifact, found = graphs(job)
-    rates: dict[str, int] = {}
-    for precision, graph in found.items():
-        bound = Bound(graph, BATCH, artifact.spec)
-        rates[precision] = round(per_second(bound.run, BATCH, bound.stream.synchronize))
-    tflops = {name: round(rate * artifact.spec.vision.gflop / 1000, 1) for name, rate in rates.items()}
-    return Finding(bool(rates), f"batch {BATCH}: {rates} img/s, {tflops} TFLOP/s", {"rates": rates, "tflops": tflops})
-
-
-def vectors(job: Job) -> Finding:
-    """Both halves at once: pixels and half precision on the GPU, against Pillow and fp32 on the CPU."""
-    artifact, found = graphs(job)
-    spec = artifact.spec.preprocess
-    mean, std = (tuple(255 * x for x in values) for values in (spec.mean, spec.std))
-    pictures = [jpeg(500, 375, seed=i) for i in range(16)] + list(corpus(job, 16).values())
-    levels = np.stack([shrink(upright(data), spec.size) for data in pictures])
-    plane = ((levels - np.reshape(mean, (3, 1, 1))) / np.reshape(std, (3, 1, 1))).astype(np.float32)
-    ort, rig = module("onnxruntime"), Rig(spec.size)
-    cpu = ort.InferenceSession(str(found["fp32"]), providers=["CPUExecutionProvider"])
-    (want,) = cpu.run(None, {cpu.get_inputs()[0].name: plane})
-    ours = rig.pixels(rig.decode(pictures), mean, std, "float32")
-    rows = {}
-    for precision, graph in found.items():
-        bound = Bound(graph, len(pictures), artifact.spec)
-        for name, pixels in (("same", rig.torch.from_numpy(plane)), ("gpu", ours)):
-            bound.x.copy_(pixels)
-            rig.torch.cuda.synchronize()
-            bound.run()
-            bound.stream.synchronize()
-            rows[f"{precision}, {name} pixels"] = apart(bound.y.float().cpu().numpy(), want)
-    ok = min(row["min cosine"] for row in rows.values()) > 0.999
-    return Finding(ok, f"{len(pictures)} pictures: {rows}", rows)
-
-
-def apart(got_nd: Vectors, want_nd: Vectors) -> dict[str, float]:
-    spread = np.linalg.norm(want_nd - want_nd.mean(0), axis=1).mean()
-    error = np.linalg.norm(got_nd - want_nd, axis=1).mean() / spread
-    return {"error/spread": round(float(error), 5), "min cosine": round(float((got_nd * want_nd).sum(1).min()), 6)}
-
-
-def no_torch(job: Job) -> Finding:
-    """Load the CUDA libraries of the host by hand, then ORT: what a lane without torch has to do."""
-    artifact, found = graphs(job)
-    size, graph = artifact.spec.preprocess.size, found.get("fp16") or found["fp32"]
-    folders = [Path(entry) for entry in module("nvidia").__path__]
-    loaded, away = [], []
-    for name in CUDA_LIBRARIES:
-        paths = [str(path) for folder in folders for path in folder.glob(f"*/lib/lib{name}")]
-        path = paths[0] if paths else f"lib{name}"
-        try:
-            ctypes.CDLL(path, ctypes.RTLD_GLOBAL)
-            loaded.append(path)
-        except OSError as error:
-            away.append(f"{path}: {error}")
-    run = session(module("onnxruntime"), graph, None)
-    dtype = {"tensor(float)": np.float32, "tensor(float16)": np.float16}[run.get_inputs()[0].type]
-    (out,) = run.run(None, {run.get_inputs()[0].name: np.zeros((2, 3, size, size), dtype)})
-    ok = bool(np.isfinite(out).all())
-    answer = f"{len(loaded)} libraries loaded by path, {len(away)} away; vectors are {'finite' if ok else 'NOT finite'}"
-    return Finding(ok, answer, {"loaded": loaded, "away": away})
+    """GPU memory of a B/32 lane at its default batch, and whether GPU and host stay flat over 1,000 batches."""
+    runtime, before = runtimes(job, B32)[0], gpu_used_mib()
+    line, began, used = Line(job, B32, runtime), time.monotonic(), []
+    with stream(line.fill, line.engine, pool(job, "500")) as step:
+        for number in range(1, MEMORY_BATCHES + 1):
+            step()
+            if number % 50 == 0:
+                rss_mib = int(Path("/proc/self/statm").read_text().split()[1]) * resource.getpagesize() >> 20
+                used.append((number, gpu_used_mib() - before, rss_mib))
+                if time.monotonic() - began > MEMORY_LIMIT_S:
+                    break
+    peak, last = max(row[1] for row in used), used[-1][0]
+    growth = {"gpu": used[-1][1] - used[1][1], "host": used[-1][2] - used[1][2]} if len(used) > 2 else {}
+    flat = bool(growth) and max(growth.values()) <= FLAT_MIB
+    answer = f"GPU {peak} MiB at batch {line.rows}; MiB gained from batch 100 to {last}: {growth}"
+    return Finding(flat and last == MEMORY_BATCHES, answer, {"figures": {"B/32 GPU memory": peak}, "used": used})

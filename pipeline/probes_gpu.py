@@ -6,7 +6,11 @@ numbers behind it.
 
 from __future__ import annotations
 
+import os
+import subprocess
+import sys
 from collections.abc import Sequence
+from pathlib import Path
 from typing import Any
 
 import numpy as np
@@ -32,7 +36,22 @@ from pipeline.rig_gpu import (
 
 # Decoders alone, before the resize averages their rounding away.
 DECODE_MEAN_LEVELS_MAX = 1.0
+TESTS = Path(__file__).resolve().parents[1] / "tests"
 BROKEN = (b"", b"not a picture", b"\xff\xd8\xff\xe0" + bytes(60))
+
+
+def gpu_tests(job: Job) -> Finding:
+    """Those marked `gpu`; REQUIRE_GPU turns a skip for want of a GPU into a failure."""
+    # By name: to collect every file, pytest would import what this host need not have.
+    files = [str(path) for path in sorted(TESTS.glob("test_*gpu*.py"))]
+    command = [sys.executable, "-m", "pytest", "-m", "gpu", "-p", "no:cacheprovider", "-rfEs", *files]
+    done = subprocess.run(command, capture_output=True, text=True, env=os.environ | {"REQUIRE_GPU": "1"})
+    if "No module named pytest" in done.stderr:
+        raise CannotRun(done.stderr.strip())
+    lines = done.stdout.strip().splitlines()
+    told = [line[:300] for line in lines if line.startswith(("FAILED", "ERROR", "SKIPPED"))]
+    last = lines[-1] if lines else done.stderr[-300:]
+    return Finding(done.returncode == 0, last, {"told": told, "output": done.stdout[-6000:]})
 
 
 def size_order(job: Job) -> Finding:

@@ -1,7 +1,7 @@
 """What the first-contact checks share: the decoder and operators of a GPU stage, pictures, and the reference pixels.
 
-Used by `probes_gpu` and `measure_gpu`, which `python -m pipeline.check_gpu` runs. Never run on a GPU yet. torch holds
-memory and streams here only because every host that gets a first check has it; the GPU lane itself works without.
+Used by `probes_gpu` and the measurements, which `python -m pipeline.check_gpu` runs. Never run on a GPU yet. torch
+holds memory and streams here only because every host that gets a first check has it; the GPU lane works without.
 """
 
 from __future__ import annotations
@@ -10,7 +10,7 @@ import importlib
 import io
 from collections.abc import Iterable, Sequence
 from pathlib import Path
-from typing import Any, NamedTuple, Protocol
+from typing import Any, NamedTuple
 
 import numpy as np
 import numpy.typing as npt
@@ -25,9 +25,9 @@ ENGINE, HYBRID, LOSSLESS, CPU = "HW_GPU_ONLY", "HYBRID_CPU_GPU", "GPU_ONLY", "CP
 Levels = npt.NDArray[np.float32]
 
 
-class Job(Protocol):
-    pictures: Path | None
-    artifact: Path | None
+class Job(NamedTuple):
+    work: Path  # scratch folder of this run: generated pictures, models, indexes
+    pictures: Path | None  # the user's own JPEG files
 
 
 class Finding(NamedTuple):

@@ -1,101 +1,241 @@
-"""The GPU check never pretends: no GPU is said in one line, and whatever a check does becomes a row of the report."""
+"""The GPU check never pretends: no GPU is said in one line, and whatever a part does becomes a row of the report."""
 
 from __future__ import annotations
 
 import importlib
 import io
 import json
+import os
+import re
 import subprocess
 import sys
+import time
 from pathlib import Path
-from types import SimpleNamespace
+from typing import Any
 
 import numpy as np
 import pytest
 from PIL import Image
 
-from pipeline import check_gpu, rig_gpu
+from pipeline import check_gpu, report_gpu, rig_gpu
+from pipeline.check_gpu import ALONE_CHECKS, CHECKS, TOGETHER_CHECKS, Check
 
-GPU = {"name": "Test GPU 9000", "compute_capability": "9.0"}
-CHECK = check_gpu.CHECKS[0]
+ROOT = Path(__file__).resolve().parents[1]
+GPU = {"name": "Test GPU 9000", "sm": "sm90"}
+CHECK = CHECKS[0]
+FIGURES = {
+    "full GPU over OpenCV + ORT CUDA": 12.0,
+    "image stage 400": 2.5,
+    "image stage 800": 9.0,  # 8 is the bar
+    "B/32 decode alone": 20_000,
+    "B/32 model alone": 16_000,
+    "B/32 end to end": 15_500,
+}
 
 
-def no_driver() -> dict[str, str]:
-    raise check_gpu.NoGpu("the NVIDIA driver is not here")
+def finished(check: Check, status: Any = "pass", figures: dict[str, float] | None = None) -> dict[str, Any]:
+    return check_gpu.row(check, status, "a | b", {"figures": figures or {}, "stderr": ""}, 0.5)
 
 
 def test_a_host_without_gpu_says_so_in_one_line(
     monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str], tmp_path: Path
 ) -> None:
-    monkeypatch.setattr(check_gpu, "find_gpu", no_driver)
+    monkeypatch.setattr(check_gpu, "gpu_problem", lambda: "no GPU is visible")
     monkeypatch.setattr(sys, "argv", ["check_gpu", "--out", str(tmp_path / "out")])
     assert check_gpu.main() == 2
     shown = capsys.readouterr()
     assert shown.out == ""
     assert shown.err.count("\n") == 1
-    assert "the NVIDIA driver is not here" in shown.err
+    assert "no GPU is visible" in shown.err
     assert not (tmp_path / "out").exists(), "no report without a GPU"
 
 
-def test_every_check_names_a_function_and_none_needs_a_gpu_library_to_import() -> None:
-    for check in check_gpu.CHECKS:
+def test_every_part_names_a_function_and_none_needs_a_gpu_library_to_import() -> None:
+    code = "import sys; " + "; ".join(f"import pipeline.{check.probe.split(':')[0]}" for check in CHECKS)
+    code += "; sys.exit(any(name in sys.modules for name in ('cvcuda', 'nvidia.nvimgcodec', 'cuda.bindings', 'cv2')))"
+    subprocess.run([sys.executable, "-c", code], check=True, cwd=ROOT)
+    for check in CHECKS:
         name, function = check.probe.split(":")
         assert callable(getattr(importlib.import_module(f"pipeline.{name}"), function)), check.name
-    names = [check.name for check in check_gpu.CHECKS]
+    names = [check.name for check in CHECKS]
     assert len(set(names)) == len(names)
     assert {name[0] for name in names if name[1] == " "} == set("abcdefg")
 
 
-def test_report_holds_every_row_and_one_failure_means_exit_1(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
-    answers = iter(["pass"] * (len(check_gpu.CHECKS) - 1) + ["not run"])
+def run_main(monkeypatch: pytest.MonkeyPatch, out: Path, status: str, figures: dict[str, float]) -> int:
+    def one(self: Any, check: Check) -> dict[str, Any]:
+        mine = check.name == ALONE_CHECKS[0].name
+        return finished(check, status if check is CHECKS[-1] else "pass", figures if mine else None)
 
-    def run(check: check_gpu.Check, flags: list[str]) -> dict[str, object]:
-        return check_gpu.row(check, next(answers), "a | b", {"n": 1, "stderr": ""}, 0.5)  # type: ignore[arg-type]
-
-    monkeypatch.setattr(check_gpu, "find_gpu", lambda: GPU)
-    monkeypatch.setattr(check_gpu, "run_one", run)
-    monkeypatch.setattr(sys, "argv", ["check_gpu", "--out", str(tmp_path)])
-    assert check_gpu.main() == 1
-    report = json.loads((tmp_path / "gpu_check.json").read_text())
-    assert [one["name"] for one in report["checks"]] == [check.name for check in check_gpu.CHECKS]
-    assert report["gpu"] == GPU
-    assert "python" in report["versions"]
-    table = [line for line in (tmp_path / "gpu_check.md").read_text().splitlines() if line.startswith("| ")]
-    assert len(table) == 1 + len(check_gpu.CHECKS)
-    assert "a \\| b" in table[1], "a bar in an answer must not break the table"
+    monkeypatch.setattr(check_gpu, "gpu_problem", lambda: "")
+    monkeypatch.setattr(check_gpu, "describe", lambda: GPU)
+    monkeypatch.setattr(check_gpu.Run, "one", one)
+    monkeypatch.setattr(report_gpu, "draw", lambda rows, folder: ([], "not in this test"))
+    monkeypatch.setattr(sys, "argv", ["check_gpu", "--out", str(out)])
+    return check_gpu.main()
 
 
 @pytest.mark.parametrize(
-    ("code", "stdout", "status", "words"),
+    ("status", "figures", "code"),
     [
-        (-11, "", "fail", "the process died: SIGSEGV"),
-        (2, "", "fail", "the process died: exit 2"),
-        (0, 'noise\n{"status": "pass", "answer": "yes", "evidence": {"x": 1}}\n', "pass", "yes"),
+        ("pass", {}, 0),
+        ("not run", {}, 1),
+        ("fail", {}, 1),
+        ("pass", {"one picture p50": 3.9}, 0),
+        ("pass", {"one picture p50": 4.1}, 1),
+    ],
+)
+def test_one_part_that_did_not_pass_or_one_figure_missed_is_exit_1(
+    monkeypatch: pytest.MonkeyPatch, tmp_path: Path, status: str, figures: dict[str, float], code: int
+) -> None:
+    assert run_main(monkeypatch, tmp_path, status, figures) == code
+
+
+def test_report_holds_every_part_every_bar_and_what_did_not_run(
+    monkeypatch: pytest.MonkeyPatch, tmp_path: Path
+) -> None:
+    assert run_main(monkeypatch, tmp_path, "not run", FIGURES) == 1
+    report = json.loads((tmp_path / "gpu_check.json").read_text())
+    assert [one["name"] for one in report["checks"]] == [check.name for check in CHECKS]
+    assert report["gpu"] == GPU
+    assert "python" in report["versions"]
+    assert report["figures"]["B/32 end to end over the slower of decode and model"] == round(15_500 / 16_000, 3)
+    text = (tmp_path / "gpu_check.md").read_text()
+    sections = dict(re.findall(r"^## (.+?)\n(.*?)(?=^## |\Z)", text, re.MULTILINE | re.DOTALL))
+    assert f"| {CHECKS[-1].name} | not run | a \\| b |" in sections["What could not run, or failed"]
+    assert "a \\| b" in sections["All parts"], "a bar in an answer must not break the table"
+    assert sections["All parts"].count("\n| ") == 1 + len(CHECKS)
+    for name in report_gpu.BARS:
+        (line,) = [line for line in sections["Figures"].splitlines() if line.startswith(f"| {name} |")]
+        verdict = {"image stage 800": "**no**"}.get(name, "yes" if name in report["figures"] else "not measured")
+        assert line.endswith(f"| {verdict} |"), line
+
+
+def test_plots_are_drawn_from_what_was_measured_and_a_bad_one_costs_nothing_else(tmp_path: Path) -> None:
+    pytest.importorskip("matplotlib", reason="plots need the extra `bench`")
+    stage = {who: {"decode": 3.0, "preprocess": 1.0, "total": 4.0} for who in ("gpu", "opencv")}
+    evidence = {
+        "image stage": {"ms": dict.fromkeys(("400", "800", "1600"), stage)},
+        "pipelines": {"rates": {"one": 900, "other": 9000}, "batch": 256},
+        "replicas": {"figures": "not what was expected"},
+    }
+    rows = [check_gpu.row(check, "pass", "", evidence[check.name], 1.0) for check in CHECKS if check.name in evidence]
+    plots, reason = report_gpu.draw(rows, tmp_path)
+    assert sorted(path.name for path in plots) == ["image_stage.png", "pipelines.png"]
+    assert all(path.read_bytes().startswith(b"\x89PNG") for path in plots)
+    assert "replicas: " in reason
+    assert "decode mixes was not measured" in reason
+
+
+def test_a_figure_is_met_or_not_by_its_own_sign() -> None:
+    rows = [finished(CHECK, figures=FIGURES)]
+    assert report_gpu.unmet(rows) == ["image stage 800"]
+    assert report_gpu.unmet([finished(CHECK, figures=FIGURES | {"B/32 end to end": 14_000})]) == [
+        "image stage 800",
+        "B/32 end to end",
+        "B/32 end to end over the slower of decode and model",
+    ]
+
+
+@pytest.mark.parametrize(
+    ("code", "status", "words"),
+    [
+        ("import os, signal; os.kill(os.getpid(), signal.SIGSEGV)", "fail", "the process died: SIGSEGV"),
+        ("raise SystemExit(3)", "fail", "the process died: exit 3"),
+        ('print(\'noise\'); print(\'{"status": "pass", "answer": "yes", "evidence": {}}\')', "pass", "yes"),
     ],
 )
 def test_whatever_the_child_does_becomes_a_row(
-    monkeypatch: pytest.MonkeyPatch, code: int, stdout: str, status: str, words: str
+    monkeypatch: pytest.MonkeyPatch, tmp_path: Path, code: str, status: str, words: str
 ) -> None:
-    done = subprocess.CompletedProcess([], code, stdout, "\x1b[31mred words\x1b[0m")
-    monkeypatch.setattr(subprocess, "run", lambda *args, **kwargs: done)
-    one = check_gpu.run_one(CHECK, [])
+    use_as_child(monkeypatch, tmp_path, f"import sys\nsys.stderr.write('\\x1b[31mred words\\x1b[0m')\n{code}\n")
+    one = check_gpu.run_one(CHECK, [], 60)
     assert (one["status"], one["answer"]) == (status, words)
-    assert one["evidence"]["stderr"] == "red words"
+    assert one["evidence"]["stderr"].startswith("red words")
 
 
-def test_a_check_that_hangs_becomes_a_row() -> None:
-    one = check_gpu.run_one(CHECK, [], limit_s=0.01)
-    assert (one["status"], one["answer"]) == ("fail", "did not come back in 0 s")
+def test_a_part_that_hangs_becomes_a_row_and_takes_its_own_children_along(
+    monkeypatch: pytest.MonkeyPatch, tmp_path: Path
+) -> None:
+    """Lanes and compilers are children of a part; one that went on would disturb every later measurement."""
+    note = tmp_path / "pid"
+    code = "import subprocess, sys, pathlib\n"
+    code += "sleeper = subprocess.Popen([sys.executable, '-c', 'import time; time.sleep(600)'])\n"
+    code += f"pathlib.Path({str(note)!r}).write_text(str(sleeper.pid))\nsleeper.wait()\n"
+    use_as_child(monkeypatch, tmp_path, code)
+    one = check_gpu.run_one(CHECK, [], 3)
+    assert (one["status"], one["answer"]) == ("fail", "did not come back in 3 s")
+    stat = Path(f"/proc/{note.read_text()}/stat")
+    for _ in range(50):
+        if not stat.exists() or stat.read_text().rsplit(")", 1)[1].split()[0] == "Z":
+            return
+        time.sleep(0.1)
+    raise AssertionError("the child of the part lives on")
 
 
-def test_a_missing_library_is_not_run_and_an_error_is_a_failure(monkeypatch: pytest.MonkeyPatch) -> None:
+def use_as_child(monkeypatch: pytest.MonkeyPatch, folder: Path, code: str) -> None:
+    """An interpreter that runs `code` whatever it is asked for."""
+    (script := folder / "child.py").write_text(code)
+    (python := folder / "python").write_text(f'#!/bin/sh\nexec "{sys.executable}" "{script}"\n')
+    os.chmod(python, 0o755)
+    monkeypatch.setattr(sys, "executable", str(python))
+
+
+def test_a_part_that_no_longer_fits_is_not_started(monkeypatch: pytest.MonkeyPatch) -> None:
+    def never(*args: object) -> dict[str, Any]:
+        raise AssertionError("it was started")
+
+    monkeypatch.setattr(check_gpu, "run_one", never)
+    run = check_gpu.Run([])
+    run.began -= check_gpu.TOTAL_S - 10
+    one = run.one(CHECK)
+    assert one["status"] == "not run"
+    assert "10 of 480 s were left" in one["answer"]
+    assert "--only" in one["answer"]
+
+
+def test_the_parts_that_matter_fit_into_eight_minutes_at_their_limits() -> None:
+    first_phase_s = max(check.limit_s for check in TOGETHER_CHECKS)
+    assert first_phase_s + sum(check.limit_s for check in ALONE_CHECKS[:5]) <= check_gpu.TOTAL_S
+
+
+def test_a_missing_library_is_not_run_and_an_error_is_a_failure(
+    monkeypatch: pytest.MonkeyPatch, tmp_path: Path
+) -> None:
+    job = rig_gpu.Job(tmp_path, None)
     monkeypatch.setitem(sys.modules, "torch", None)  # makes `import torch` fail
-    told = check_gpu.child(CHECK, SimpleNamespace(pictures=None, artifact=None))
+    told = check_gpu.child(CHECK._replace(probe="probes_gpu:size_order"), job)
     assert told["status"] == "not run"
     assert "torch cannot be imported" in told["answer"]
-    told = check_gpu.child(CHECK._replace(probe="rig_gpu:shrink"), object())
+    told = check_gpu.child(CHECK._replace(probe="rig_gpu:shrink"), job)
     assert told["status"] == "fail"
     assert told["answer"].startswith("AttributeError")
+
+
+def test_what_was_not_prepared_is_not_run_and_names_the_row_to_look_at(tmp_path: Path) -> None:
+    job = rig_gpu.Job(tmp_path, None)
+    for check in ALONE_CHECKS:
+        told = check_gpu.child(check, job)
+        assert (told["status"], "see the row `prepare" in told["answer"]) == ("not run", True), told
+
+
+def test_the_messages_that_the_page_explains_are_those_we_give() -> None:
+    page = (ROOT / "docs/gpu.md").read_text().split("## What a message means")[1].split("\n## ")[0]
+    sources = [path.read_text() for folder in ("engines", "pipeline") for path in (ROOT / folder).rglob("*.py")]
+    code = re.sub(r"[\"']\s+f?[\"']", "", "\n".join(sources))  # literals that lie beside each other are one
+    for words in (
+        "no GPU can be used",
+        "not installed: pip install '.[gpu-cu13]'",
+        "the GPU gives wrong pixels: ",
+        "nvImageCodec found no nvJPEG",
+        "nvImageCodec refused some of ",
+        "(nodes), asked for ",
+        "built without a GPU, never compared with the reference",
+        "missed its accuracy bar",
+        "does not fit in GPU memory",
+    ):
+        assert words in page, words
+        assert words in code, words
 
 
 def test_the_bar_on_pixels_rejects_the_wrong_resize_and_a_turned_picture() -> None:
