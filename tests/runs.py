@@ -30,18 +30,24 @@ class Ran:
         return report
 
 
+# A process inherits the peak RSS of the one it was forked from, and pytest grows to 2 GB: a small one stands between.
+STARTER = """
+import os, sys
+pid = os.posix_spawn(sys.executable, [sys.executable, *sys.argv[2:]], os.environ)
+_, status, usage = os.wait4(pid, 0)  # with the lanes that it has waited for
+with open(sys.argv[1], "w") as peak:
+    peak.write(str(usage.ru_maxrss))
+sys.exit(os.waitstatus_to_exitcode(status))
+"""
+
+
 def run_module(module: str, *args: object, env: dict[str, str] | None = None, cwd: Path | None = None) -> Ran:
-    with tempfile.TemporaryFile("w+") as stdout, tempfile.TemporaryFile("w+") as stderr:
-        child = subprocess.Popen(
-            [sys.executable, "-m", module, *map(str, args)], stdout=stdout, stderr=stderr, cwd=cwd,
-            env={**os.environ, **(env or {})},
-        )
-        # wait4 gives the peak of this child and of the lanes it has waited for; nothing else does
-        _, status, usage = os.wait4(child.pid, 0)
-        child.returncode = os.waitstatus_to_exitcode(status)
-        stdout.seek(0)
-        stderr.seek(0)
-        return Ran(child.returncode, stdout.read(), stderr.read(), usage.ru_maxrss / 1024)
+    with tempfile.NamedTemporaryFile("r") as peak_kb:
+        done = subprocess.run(
+            [sys.executable, "-I", "-S", "-c", STARTER, peak_kb.name, "-m", module, *map(str, args)],
+            capture_output=True, text=True, check=False, cwd=cwd, env={**os.environ, **(env or {})},
+        )  # fmt: skip
+        return Ran(done.returncode, done.stdout, done.stderr, int(peak_kb.read()) / 1024)
 
 
 def index(root: Path, out: Path, *args: object, source: str = "folder", env: dict[str, str] | None = None) -> Ran:
