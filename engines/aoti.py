@@ -66,12 +66,11 @@ class LibTorch:
     def square_product(self, precision: Precision, size: int, threads: int) -> Callable[[], None]:
         """A call that multiplies two random size x size matrices: what the GEMM peak is measured with."""
         values = np.random.default_rng(0).standard_normal((3, size, size), dtype=np.float32)
-        sums = np.zeros((size, size), np.int32) if precision == "int8" else values[2]
         if precision == "bf16":
             values = (values.view(np.uint32) >> 16).astype(np.uint16)  # the upper half of a float32 is a bfloat16
-            sums = values[2]
         elif precision == "int8":
             values = (values * 40).astype(np.int8)
+        sums = np.zeros((size, size), np.int32) if precision == "int8" else values[2]
         a, b = (self.tensor(matrix.ctypes.data, matrix.shape, precision) for matrix in values[:2])
         product = self.tensor(sums.ctypes.data, sums.shape, "int32" if precision == "int8" else precision)
         function = "aoti_torch_cpu__int_mm_out" if precision == "int8" else "aoti_torch_cpu_mm_out"

@@ -8,6 +8,7 @@ A subclass names what runs: `_enqueue(slot)` queues one forward pass of all rows
 
 from __future__ import annotations
 
+from abc import ABC, abstractmethod
 from dataclasses import replace
 from typing import Any
 
@@ -23,7 +24,7 @@ GRAPH_ROWS_MAX = 16
 SLOTS = 3  # one is filled, one computes, one is read
 
 
-class GpuEngine:
+class GpuEngine(ABC):
     """Fixed batch of `card.batch` rows; a short batch runs with the rows that an earlier one left behind it."""
 
     def __init__(self, card: EngineCard, batch: int | None, slots: int = SLOTS) -> None:
@@ -66,5 +67,6 @@ class GpuEngine:
         finished: npt.NDArray[np.float32] = self._host[slot][: self._rows[slot]]
         return finished
 
+    @abstractmethod
     def _enqueue(self, slot: int) -> None:
-        raise NotImplementedError
+        """Queue one forward pass of all rows of `slot`."""

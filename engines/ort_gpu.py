@@ -12,6 +12,7 @@ import ctypes
 import importlib
 import sys
 import time
+from abc import abstractmethod
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from pathlib import Path
@@ -55,8 +56,9 @@ class OrtGpuEngine(GpuEngine):
             )
         self._run_options = run_options()
 
+    @abstractmethod
     def provider_options(self, precision: Precision, graphed: bool) -> dict[str, str]:
-        raise NotImplementedError
+        """What the provider is opened with, beside our stream."""
 
     def _graph(self, card_path: Path) -> Path:
         return card_path.parent / self.card.file

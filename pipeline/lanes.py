@@ -204,7 +204,7 @@ class Lane:
 
 
 def _child(spec: LaneSpec, conn: Connection, board: Board) -> None:
-    """Imports torch in the child alone: in the coordinator it would cost 150 MB and more than a second of start-up."""
+    """Imports engine, decoders and what they need in the child alone: the coordinator stays small."""
     if spec.kind == "gpu":
         index, visible = int(spec.device.partition(":")[2]), os.environ.get("CUDA_VISIBLE_DEVICES")
         # The index counts what is visible now; from here on, before any library asks, that one is.

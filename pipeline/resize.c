@@ -95,10 +95,10 @@ static double cubic(double x) { /* a = -0.5 */
 }
 
 /* The middle `size` of `out_length` outputs. 0 when there is no memory. */
-static int make_taps(taps *t, int length, int out_length, int size) {
+static int make_taps(taps *t, int length, int64_t out_length, int size) {
     const double scale = (double)length / out_length, stretch = scale < 1.0 ? 1.0 : scale;
     const double support = SUPPORT * stretch, inverse = 1.0 / stretch;
-    const int skip = (out_length - size) / 2;
+    const int64_t skip = (out_length - size) / 2;
     t->most = (int)ceil(support) * 2 + 1;
     t->first = malloc(sizeof(int) * size);
     t->count = malloc(sizeof(int) * size);
@@ -195,10 +195,10 @@ static void copy_row(const uint8_t *image, ptrdiff_t row_stride, ptrdiff_t col_s
 
 static size_t round_up(size_t n) { return (n + LANES - 1) / LANES * LANES; }
 
-/* `image`: height x width x 3 bytes with any strides (a turned or mirrored view); resized to out_height x out_width,
- * of which the middle is written to `out_chw`: 3 x size x size, contiguous. Returns 0, or -1 when memory is short. */
+/* `image`: height x width x 3 bytes with any strides (a turned or mirrored view); resized to out_height x out_width
+ * (64 bits: a line of 12 million pixels grows to 224 x 2.7 billion), of which the middle is written to `out_chw`: 3 x size x size, contiguous. Returns 0, or -1 when memory is short. */
 int nightjar_resize_crop(const uint8_t *image, int height, int width, ptrdiff_t row_stride, ptrdiff_t col_stride,
-                         int out_height, int out_width, int size, int vertical_first, uint8_t *out_chw) {
+                         int64_t out_height, int64_t out_width, int size, int vertical_first, uint8_t *out_chw) {
     weighted_sum *sum = fastest_sum();
     taps rows = {0}, cols = {0};
     const int has_taps = make_taps(&rows, height, out_height, size) & make_taps(&cols, width, out_width, size);

@@ -10,7 +10,7 @@ from __future__ import annotations
 
 import ctypes
 import logging
-from ctypes import c_int, c_ssize_t, c_void_p
+from ctypes import c_int, c_int64, c_ssize_t, c_void_p
 from functools import lru_cache
 from importlib.util import find_spec
 from typing import Any, NamedTuple
@@ -71,7 +71,7 @@ def compiled_kernel() -> Any:
         )
         return None
     kernel = ctypes.CDLL(found.origin).nightjar_resize_crop
-    kernel.argtypes = [c_void_p, c_int, c_int, c_ssize_t, c_ssize_t, c_int, c_int, c_int, c_int, c_void_p]
+    kernel.argtypes = [c_void_p, c_int, c_int, c_ssize_t, c_ssize_t, c_int64, c_int64, c_int, c_int, c_void_p]
     return kernel
 
 

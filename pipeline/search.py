@@ -59,7 +59,7 @@ def embed_picture(artifact: Artifact, encoded: bytes) -> npt.NDArray[np.float16]
     Raises:
         BadImage: it does not decode.
     """
-    from pipeline.stages_cpu import CpuStages  # torch: not for text queries
+    from pipeline.stages_cpu import CpuStages  # decoders: not for text queries
 
     engine = open_engine(artifact, "vision", "ort-cpu", batch=1)
     batch = CpuStages(artifact.spec.preprocess, threads=1)(Batch(np.array([1]), [encoded]), engine.input(0))
