@@ -200,25 +200,32 @@ class LaneProcess:
     # ---- encoder ---------------------------------------------------------------------------------------------------
 
     def _encode_loop(self) -> None:
-        """Two batches are with the engine whenever two are ready, so that its workers never wait for each other."""
-        running: deque[tuple[Work, Batch]] = deque()
+        """Two batches are with the engine whenever two are ready, so that its workers never wait for each other.
+
+        The end of a chunk waits in line like a batch: its shard is written while the next chunk's batches run.
+        """
+        running: deque[tuple[Work, Batch | None]] = deque()
         while True:
             try:
                 start = time.monotonic()
                 work, batch = self.to_encode.get(block=not running)
                 self.tick.encode_wait_s += time.monotonic() - start
             except queue.Empty:  # nothing to launch now: wait for the engine instead
-                self._collect(*running.popleft())
+                self._settle(*running.popleft())
                 continue
-            if batch is None:
-                while running:
-                    self._collect(*running.popleft())
-                self._finish(work)
-            elif not self.board.stopped:
+            if batch is not None:
+                if self.board.stopped:
+                    continue
                 self.engine.launch(batch.slot, len(batch.ids))
-                running.append((work, batch))
-                if len(running) == BATCHES_WITH_ENGINE:
-                    self._collect(*running.popleft())
+            running.append((work, batch))
+            while running and (running[0][1] is None or _batches_in(running) == BATCHES_WITH_ENGINE):
+                self._settle(*running.popleft())
+
+    def _settle(self, work: Work, batch: Batch | None) -> None:
+        if batch is None:
+            self._finish(work)
+        else:
+            self._collect(work, batch)
 
     def _collect(self, work: Work, batch: Batch) -> None:
         rows = len(batch.ids)
@@ -279,6 +286,10 @@ class LaneProcess:
 
 def _batch(rows: list[tuple[int, bytes]]) -> Batch:
     return Batch(ids=np.array([row_id for row_id, _ in rows], np.int64), encoded=[encoded for _, encoded in rows])
+
+
+def _batches_in(running: deque[tuple[Work, Batch | None]]) -> int:
+    return sum(batch is not None for _, batch in running)
 
 
 def _die_with_parent() -> None:

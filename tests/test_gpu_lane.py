@@ -49,6 +49,8 @@ def on_cpu(photos: Path, tmp_path_factory: pytest.TempPathFactory, tiny_model: P
 
 def run(photos: Path, tmp_path: Path, tiny_model: Path, devices: str, **orders: Any) -> Ran:
     (tmp_path / "fake").mkdir(exist_ok=True)
+    for started in (tmp_path / "fake").glob("started-*"):
+        started.unlink()
     orders |= {"folder": str(tmp_path / "fake")}
     env = {"PYTHONPATH": str(Path(__file__).parent / "fake_gpu"), "FAKE_GPU": json.dumps(orders)}
     return index(photos, tmp_path / "index", "--model", tiny_model, "--devices", devices, env=env)
@@ -77,7 +79,7 @@ def vectors(out: Path) -> dict[str, Any]:
 def test_gpus_and_cpu_share_the_work(
     photos: Path, on_cpu: Path, tmp_path: Path, tiny_model: Path, devices: str
 ) -> None:
-    ran = run(photos, tmp_path, tiny_model, devices, gpus=2, slow=0.4)
+    ran = run(photos, tmp_path, tiny_model, devices, gpus=2, slow=0.4, after={"cpu": ["gpu:0", "gpu:1"]})
     assert_nothing_lost(ran, tmp_path / "index", on_cpu)
     assert [lane.split("/")[0] for lane in sorted(ran.report["lanes"])] == sorted(devices.split(","))
     counts = ran.report["decoders"]
@@ -96,7 +98,7 @@ def test_auto_takes_every_gpu_and_says_why(photos: Path, on_cpu: Path, tmp_path:
 
 
 def test_a_finished_run_does_not_wait_for_a_late_gpu(photos: Path, tmp_path: Path, tiny_model: Path) -> None:
-    ran = run(photos, tmp_path, tiny_model, "gpu:0,gpu:1", gpus=2, late={"1": 300})
+    ran = run(photos, tmp_path, tiny_model, "gpu:0,gpu:1", gpus=2, after={"gpu:1": ["never"]})
     assert ran.report["lanes"] == ["gpu:0/0 fake fp32"]
     assert ran.report["seconds"] < 100
 
@@ -126,7 +128,8 @@ def test_a_gpu_that_faults_once_starts_again(photos: Path, on_cpu: Path, tmp_pat
 def test_a_gpu_that_is_gone_leaves_its_work_to_the_others(
     photos: Path, on_cpu: Path, tmp_path: Path, tiny_model: Path
 ) -> None:
-    ran = run(photos, tmp_path, tiny_model, "gpu:0,gpu:1", gpus=2, dies={"0": 2}, for_ever=True, late={"1": 2})
+    orders: dict[str, Any] = {"dies": {"0": 2}, "for_ever": True, "after": {"gpu:1": ["gpu:0"]}, "slow": 0.4}
+    ran = run(photos, tmp_path, tiny_model, "gpu:0,gpu:1", gpus=2, **orders)
     assert_nothing_lost(ran, tmp_path / "index", on_cpu)
     assert "gpu:0/0 is given up, the run goes on with gpu:1/1" in ran.stderr
     assert any(lane.startswith("gpu:0/0") and lane.endswith("(given up)") for lane in ran.report["lanes"])
@@ -156,11 +159,12 @@ def test_a_picture_that_takes_the_gpu_down_costs_one_picture(
 
 
 def test_a_gpu_with_wrong_pixels_embeds_nothing(photos: Path, on_cpu: Path, tmp_path: Path, tiny_model: Path) -> None:
-    named = run(photos, tmp_path, tiny_model, "gpu:0,gpu:1", gpus=2, wrong=[1])
+    orders: dict[str, Any] = {"gpus": 2, "wrong": [1], "after": {"gpu:0": ["gpu:1"]}}
+    named = run(photos, tmp_path, tiny_model, "gpu:0,gpu:1", **orders)
     assert named.code == 2
     assert "the GPU gives wrong pixels" in named.report["error"]
     assert "--devices cpu" in named.report["error"]
-    chosen = run(photos, tmp_path, tiny_model, "auto", gpus=2, wrong=[1], late={"0": 2})
+    chosen = run(photos, tmp_path, tiny_model, "auto", **orders)
     assert_nothing_lost(chosen, tmp_path / "index", on_cpu)
     assert "gpu:1/1 is given up" in chosen.stderr
 

@@ -4,7 +4,8 @@
                 "bytes": 300000,                     memory of each
                 "dies": {"0": 5}, "for_ever": true,  GPU 0 faults at its fifth batch; once, or from then on
                 "wrong": [1],                        GPUs that decode every picture to zeros
-                "late": {"1": 2}, "slow": 0.1}       seconds until GPU 1 has started; seconds that every batch takes
+                "after": {"cpu": ["gpu:0"]},         the CPU's lane starts when GPU 0's has started or failed to
+                "slow": 0.1}                         seconds that every batch of a GPU takes
 
 A picture whose bytes end with GPU-KILL makes the GPU that decodes it fault, every time; GPU-HANG never comes back.
 """
@@ -63,6 +64,10 @@ def batch_done() -> None:
         if ORDERS.get("for_ever"):
             _grave(number).touch()
         fault()
+
+
+def started(device: str) -> Path:
+    return Path(ORDERS["folder"]) / f"started-{device}"
 
 
 def _grave(number: int) -> Path:

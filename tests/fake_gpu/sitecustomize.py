@@ -33,6 +33,9 @@ def choose_fake(artifact: Any, tower: Any, runtime: str, precision: Any, device:
 
 
 def open_fake_engine(spec: LaneSpec) -> Any:
+    for device in fake_runtime.ORDERS.get("after", {}).get(spec.device, ()):
+        while not fake_runtime.started(device).exists():
+            time.sleep(0.02)
     if spec.kind == "cpu":
         return open_lane_engine(spec)
     from engines.engine_gpu import GpuEngine
@@ -44,7 +47,6 @@ def open_fake_engine(spec: LaneSpec) -> Any:
         def __init__(self) -> None:
             from engines.ort import OrtCpuEngine
 
-            time.sleep(fake_runtime.ORDERS.get("late", {}).get(str(fake_runtime.mine()), 0))
             super().__init__(replace(card, runtime="fake"), spec.batch or BATCH)
             self.inside = OrtCpuEngine(path, card, 1, self.card.batch)
 
@@ -61,7 +63,10 @@ def open_fake_engine(spec: LaneSpec) -> Any:
 def open_fake_stages(spec: LaneSpec, board: Any, engine: Any) -> Any:
     if spec.kind == "gpu":
         patch_stages()
-    return open_stages(spec, board, engine)
+    try:
+        return open_stages(spec, board, engine)
+    finally:
+        fake_runtime.started(spec.device).touch()
 
 
 def patch_stages() -> None:
