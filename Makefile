@@ -43,12 +43,19 @@ $(VENV)/.lint: $(VENV)/.done
 	$(VENV)/bin/pip install --quiet --disable-pip-version-check --constraint constraints.txt --editable '.[lint]'
 	@touch $@
 
-bench: setup  ## the figures of docs/benchmarks on this host: PICTURES=folder-of-jpegs MODEL=folder [OUT=...]
+# A contestant of the race, with dependencies of its own.
+$(VENV)-fastembed/.done:
+	$(PYTHON) -m venv $(VENV)-fastembed
+	$(VENV)-fastembed/bin/pip install --quiet --disable-pip-version-check fastembed==0.9.1
+	@touch $@
+
+bench: setup $(VENV)-fastembed/.done  ## the figures of docs/benchmarks on this host: PICTURES=folder-of-jpegs MODEL=folder [OUT=...]
 	$(RUN) -m engines.build --model $(MODEL)
 	-$(RUN) -m engines.build --model $(MODEL) --precision int8
 	$(RUN) -m pipeline.bench store --out $(OUT)
 	$(RUN) -m pipeline.bench memory --pictures $(PICTURES) --model $(MODEL) --images 1000 10000 --out $(OUT)
-	$(RUN) -m pipeline.bench race --pictures $(PICTURES) --model $(MODEL) --images 48 --out $(OUT)
+	$(RUN) -m pipeline.bench race --pictures $(PICTURES) --model $(MODEL) --images 48 --rounds 5 \
+		--fastembed-python $(VENV)-fastembed/bin/python --out $(OUT)
 
 gpu-bundle: setup  ## offline bundle of wheels for an air-gapped Python 3.12 / CUDA 13 host, into bundle/
 	$(RUN) docker/gpu_bundle.py bundle

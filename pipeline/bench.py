@@ -3,6 +3,7 @@
     race      end-to-end images/s against what users run today, and against our own engines alone: same files, same
               cores, interleaved rounds. Every contestant is timed on n and on 2n pictures; the difference is its rate,
               so that nobody pays for imports and model load. The faster ones get more pictures, for similar times.
+              Rates are per second and per second of CPU time, which neighbours on a shared host disturb less.
     memory    peak RSS of lane and coordinator by number of pictures; a tiny model leaves the pipeline alone to be seen
     store     rows/s into shards alone, and with the manifest
 
@@ -15,6 +16,7 @@ import argparse
 import json
 import os
 import platform
+import resource
 import shutil
 import statistics
 import subprocess
@@ -25,7 +27,7 @@ from collections.abc import Callable
 from functools import partial
 from importlib.metadata import version
 from pathlib import Path
-from typing import Any, Literal
+from typing import Any, Literal, NamedTuple
 
 import numpy as np
 import psutil
@@ -93,8 +95,13 @@ def index_command(root: Path, out: Path, model: str) -> list[str]:
 # ---- race --------------------------------------------------------------------------------------------------------
 
 
+class Seconds(NamedTuple):
+    wall: float
+    cpu: float  # of all threads and child processes
+
+
 def race(pictures: Path, model: str, images: int, rounds: int, fastembed_python: str) -> dict[str, Any]:
-    """Medians over `rounds` of images/s, and of each contestant's ratio to ours within a round."""
+    """Medians over `rounds` of images per second, and of each contestant's ratio to ours within a round."""
     jpegs = sorted(path for path in pictures.rglob("*.jpg"))
     if not jpegs:
         raise SystemExit(f"no *.jpg below {pictures}; --pictures wants a folder of JPEG photos")
@@ -119,29 +126,48 @@ def race(pictures: Path, model: str, images: int, rounds: int, fastembed_python:
         for count in {size for n, _ in contestants.values() for size in (n, 2 * n)}:
             unique_copies(jpegs, work / str(count), count)
         _give_fastembed_its_graph(model)
-        table: list[dict[str, float]] = []
+        table: list[dict[str, Seconds]] = []  # a picture
         for _ in range(rounds):
-            row: dict[str, float] = {}
+            row: dict[str, Seconds] = {}
             for who, (n, run) in contestants.items():
                 if who in ours:  # its engine alone before and after, as close in time as can be
-                    before = engine_rate(model, precisions[who])
-                row[who] = _marginal_rate(run, work, n)
+                    before = engine_seconds(model, precisions[who])
+                row[who] = _marginal(run, work, n)
                 if who in ours:
-                    row[f"{who}, engine alone"] = (before + engine_rate(model, precisions[who])) / 2
+                    after = engine_seconds(model, precisions[who])
+                    row[f"{who}, engine alone"] = Seconds(*((b + a) / 2 for b, a in zip(before, after, strict=True)))
             table.append(row)
-            print(json.dumps(row), file=sys.stderr, flush=True)
+            print(json.dumps({who: 1 / seconds.wall for who, seconds in row.items()}), file=sys.stderr, flush=True)
     return {
         "images": {who: [n, 2 * n] for who, (n, _) in contestants.items()},
-        "pictures": f"{len(jpegs)} JPEGs of {EDGE} pixels, each copy with a unique comment", "rounds": table,
-        "median_images_per_s": {who: statistics.median(row[who] for row in table) for who in table[0]},
+        "pictures": f"{len(jpegs)} JPEGs of {EDGE} pixels, each copy with a unique comment",
+        "per_s": _rates([{who: 1 / seconds.wall for who, seconds in row.items()} for row in table], ours),
+        "per_cpu_s": _rates([{who: 1 / seconds.cpu for who, seconds in row.items()} for row in table], ours),
+    }
+
+
+def _rates(rounds: list[dict[str, float]], ours: list[str]) -> dict[str, Any]:
+    return {
+        "rounds": rounds,
+        "median_images": {who: statistics.median(row[who] for row in rounds) for who in rounds[0]},
         "over": {
-            mine: {who: statistics.median(row[mine] / row[who] for row in table) for who in table[0]} for mine in ours
+            mine: {who: statistics.median(row[mine] / row[who] for row in rounds) for who in rounds[0]} for mine in ours
         },
-    }  # fmt: skip
+    }
 
 
-def _marginal_rate(run: Callable[[Path], float], work: Path, images: int) -> float:
-    return images / (run(work / str(2 * images)) - run(work / str(images)))
+def _marginal(run: Callable[[Path], float], work: Path, images: int) -> Seconds:
+    """For one picture more. The contestant's own clock starts after its start-up; of CPU time that is taken off."""
+    walls, cpus = [], [_children_cpu_s()]
+    for count in (images, 2 * images):
+        walls.append(run(work / str(count)))
+        cpus.append(_children_cpu_s())
+    return Seconds((walls[1] - walls[0]) / images, (cpus[2] - 2 * cpus[1] + cpus[0]) / images)
+
+
+def _children_cpu_s() -> float:
+    usage = resource.getrusage(resource.RUSAGE_CHILDREN)
+    return usage.ru_utime + usage.ru_stime
 
 
 def _timed_index(root: Path, work: Path, model: str, precision: str) -> float:
@@ -168,20 +194,23 @@ def _give_fastembed_its_graph(model: str) -> None:
         shutil.copyfile(find_artifact(model).onnx("vision", "fp32"), target)
 
 
-def engine_rate(model: str, precision: Literal["auto", "int8"]) -> float:
-    """Images/s of the engine `index` would take, alone, on random pixels, two batches in flight as in a lane."""
+def engine_seconds(model: str, precision: Literal["auto", "int8"]) -> Seconds:
+    """A picture, in the engine `index` would take, alone, on random pixels, two batches in flight as in a lane."""
     engine = open_engine(find_artifact(model), "vision", precision=precision)
     rows = engine.card.batch
     for slot in (0, 1):
         engine.input(slot)[:] = np.random.default_rng(slot).standard_normal(engine.input(slot).shape, np.float32)
         engine.launch(slot, rows)
     engine.result(0)
-    done, start_s = 0, time.monotonic()
+    done, start_s, start_cpu_s = 0, time.monotonic(), time.process_time()
     while (seconds := time.monotonic() - start_s) < ENGINE_S:
         engine.launch(done // rows % 2, rows)
         done += rows
         engine.result(done // rows % 2)
-    return done / seconds
+    cpu_s = time.process_time() - start_cpu_s
+    for slot in (0, 1):
+        engine.result(slot)  # leaves the cores to whoever is next
+    return Seconds(seconds / done, cpu_s / done)
 
 
 # ---- memory ------------------------------------------------------------------------------------------------------
