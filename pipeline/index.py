@@ -17,17 +17,20 @@ import sys
 import time
 from dataclasses import asdict, dataclass
 from types import FrameType
+from typing import NamedTuple
 
 from engines import EngineUnavailable
 from engines.spec import ArtifactMissing
 from pipeline.batch import DeviceUnavailable, Item
 from pipeline.config import Config, UsageError, parse_index
 from pipeline.lanes import LaneSpec
+from pipeline.model_change import ModelChange, compare_models
 from pipeline.progress import Display, TransferBar
+from pipeline.run_record import Clock, run_record
 from pipeline.scheduler import LaneFailed, LaneRefused, Sharing, Totals
 from pipeline.sources import Damage, SourceError
 from pipeline.sources.download import DownloadError, download_inat2021
-from pipeline.store import Counts, Locked, Scope, Store, StoreError
+from pipeline.store import Counts, Generation, Locked, Scope, Store, StoreError
 
 log = logging.getLogger("nightjar")
 
@@ -57,8 +60,14 @@ class Report:
     decoders: dict[str, int]
     model: str
     index: str
-    generation: int | None
+    generation: int | None  # None: stopped before, or another model's is shown until this one's is complete
+    model_change: ModelChange | None  # how the answers differ, when this run changed the model that readers see
     exit: int
+
+
+class Published(NamedTuple):
+    generation: int | None = None
+    model_change: ModelChange | None = None
 
 
 class TooManyDeletions(Exception):
@@ -88,16 +97,21 @@ def run(cfg: Config, stop: Stop) -> Report:
     Raises:
         StoreError (Locked is one), SourceError, TooManyDeletions, LaneFailed: one line each; what was committed stays.
     """
-    start_s = time.monotonic()
+    start_s, clock = time.monotonic(), Clock()
     spec = cfg.artifact.spec
     with Store.open(cfg.out, spec.space, spec.dim) as store:
         number = store.begin_run(Scope(cfg.source.kind, cfg.source.root, cfg.source.options))
-        observe(cfg, store, stop)
-        deleted = 0 if stop() else delete_missing(cfg, store)
-        totals = embed(cfg, store, stop)
-        generation = None if stop() else store.publish(json.loads(spec.to_json()), {"artifact": str(cfg.artifact.path)})
-        report = account(cfg, store.counts(), totals, deleted, generation, time.monotonic() - start_s)
-        store.write_run_report(number, asdict(report))
+        with clock.phase("listing"):
+            observe(cfg, store, stop)
+            deleted = 0 if stop() else delete_missing(cfg, store)
+        with clock.phase("embedding"):
+            totals = embed(cfg, store, stop)
+        stopped = stop()
+        with clock.phase("publishing"):
+            published = Published() if stopped else publish(cfg, store)
+        counts = store.counts()
+        report = account(cfg, counts, totals, deleted, published, stopped, time.monotonic() - start_s)
+        store.write_run_report(number, {**asdict(report), **run_record(cfg, number, counts, totals, clock)})
     return report
 
 
@@ -158,37 +172,79 @@ def embed(cfg: Config, store: Store, stop: Stop) -> Totals:
         return Sharing(store, lane_specs(cfg), stop, display.tick, all_needed=cfg.devices.named).run()
 
 
+def publish(cfg: Config, store: Store) -> Published:
+    """Readers see what is embedded; those of another model go on seeing that one's until this one's are complete."""
+    changes: list[ModelChange] = []
+
+    def review(shown: int, new: int) -> None:
+        with Generation.at(cfg.out, shown) as old, Generation.at(cfg.out, new) as ours:
+            changes.append(compare_models(old, ours))
+
+    spec, extra = json.loads(cfg.artifact.spec.to_json()), {"artifact": str(cfg.artifact.path)}
+    generation = store.publish(spec, extra, review=review)
+    if generation is None:
+        log.warning(
+            "%s pictures of other sources have no vector of this model yet, so readers still see the other model's; "
+            "index those sources with --model %s too", f"{store.missing():,}", cfg.artifact.spec.model,
+        )  # fmt: skip
+    elif store.pinned not in (None, generation):
+        log.warning(
+            "generation %d is written, but readers see %d, which was chosen: "
+            "python -m pipeline.generations --out %s --show newest", generation, store.pinned, cfg.out,
+        )  # fmt: skip
+    for change in changes:
+        log.info("%s", change.words())
+    return Published(generation, changes[0] if changes else None)
+
+
 def lane_specs(cfg: Config) -> list[LaneSpec]:
     """One for each device; lanes share the cores for decoding, whatever they encode on."""
     spec, names = cfg.artifact.spec, cfg.devices.names
     return [
         LaneSpec(
-            name=f"{device}/{number}", device=device, source=cfg.source, artifact_path=cfg.artifact.path,
-            preprocess=spec.preprocess, runtime=cfg.runtime, precision=cfg.precision,
-            engine_threads=cfg.engine_threads, decode_threads=max(1, cfg.decode_threads // len(names)),
-            space=spec.space, log_path=cfg.out / "runs" / f"{device.replace(':', '')}-{number}.log",
+            name=f"{device}/{number}",
+            device=device,
+            source=cfg.source,
+            artifact_path=cfg.artifact.path,
+            preprocess=spec.preprocess,
+            runtime=cfg.runtime,
+            precision=cfg.precision,
+            engine_threads=cfg.engine_threads,
+            decode_threads=max(1, cfg.decode_threads // len(names)),
+            space=spec.space,
+            log_path=cfg.out / "runs" / f"{device.replace(':', '')}-{number}.log",
         )
         for number, device in enumerate(names)
     ]
 
 
 def account(
-    cfg: Config, counts: Counts, totals: Totals, deleted: int, generation: int | None, seconds: float
+    cfg: Config, counts: Counts, totals: Totals, deleted: int, published: Published, stopped: bool, seconds: float
 ) -> Report:
     """Every input has exactly one state after the run, and the states add up."""
     unchanged = counts.embedded - totals.embedded - totals.copied
     assert unchanged >= 0, f"{counts} against {totals}: rows were counted twice"
-    interrupted = generation is None
     many = cfg.max_quarantined is not None and totals.quarantined_new > cfg.max_quarantined
     return Report(
-        schema=SCHEMA, inputs=counts.embedded + counts.quarantined + counts.pending, unchanged=unchanged,
-        embedded=totals.embedded, copied=totals.copied, quarantined=counts.quarantined,
-        quarantined_new=totals.quarantined_new, pending=counts.pending, deleted=deleted, seconds=round(seconds, 3),
+        schema=SCHEMA,
+        inputs=counts.embedded + counts.quarantined + counts.pending,
+        unchanged=unchanged,
+        embedded=totals.embedded,
+        copied=totals.copied,
+        quarantined=counts.quarantined,
+        quarantined_new=totals.quarantined_new,
+        pending=counts.pending,
+        deleted=deleted,
+        seconds=round(seconds, 3),
         images_per_s=round((totals.embedded + totals.copied) / seconds, 2),
         bound=max(totals.bound_s, key=lambda stage: totals.bound_s[stage], default=""),
-        lanes=[f"{name} {engine}" for name, engine in totals.engines.items()], decoders=dict(totals.decoders),
-        model=cfg.artifact.spec.model, index=str(cfg.out / "index.h5"), generation=generation,
-        exit=INTERRUPTED if interrupted else MANY_QUARANTINED if many else DONE,
+        lanes=[f"{name} {engine}" for name, engine in totals.engines.items()],
+        decoders=dict(totals.decoders),
+        model=cfg.artifact.spec.model,
+        index=str(cfg.out / "index.h5"),
+        generation=published.generation,
+        model_change=published.model_change,
+        exit=INTERRUPTED if stopped else MANY_QUARANTINED if many else DONE,
     )
 
 

@@ -4,7 +4,7 @@ from pipeline.store.files import Locked, NoIndex, StoreDamaged, StoreError, cont
 from pipeline.store.generation import Block, Generation, Picture
 from pipeline.store.listing import Container, Observed, Preview, Scope
 from pipeline.store.shards import ShardInfo, map_embeddings, write_shard
-from pipeline.store.store import Committed, Counts, Outcome, PendingItem, Quarantine, Store
+from pipeline.store.store import Committed, Counts, Outcome, PendingItem, Quarantine, Store, show_generation
 
 __all__ = [
     "Block",
@@ -27,5 +27,6 @@ __all__ = [
     "StoreError",
     "content_hash",
     "map_embeddings",
+    "show_generation",
     "write_shard",
 ]

@@ -30,6 +30,7 @@ from pipeline.store.listing import Scope
 from pipeline.store.shards import F16, ShardInfo, check_file, map_embeddings
 
 Check = Literal["size", "digest"]
+ID_PIECE = 1 << 20
 
 
 class Picture(NamedTuple):
@@ -101,6 +102,14 @@ class Generation:
                 if (index / "current").resolve() == home:
                     raise
 
+    @classmethod
+    def at(cls, index: Path, number: int, check: Check = "size") -> Generation:
+        """One that is kept, whether it is shown or not."""
+        home = index / "generations" / str(number)
+        if not home.is_dir():
+            raise NoIndex(f"{index} has no generation {number}")
+        return cls(index, home, check)
+
     def __enter__(self) -> Generation:
         return self
 
@@ -146,6 +155,32 @@ class Generation:
                 if not np.isnan(number):
                     values[name] = int(number) if kind == "integer" else float(number)
         return found
+
+    def ids(self, rows: npt.NDArray[np.int64]) -> npt.NDArray[np.int64]:
+        """Of the inputs; an id belongs to one key for ever, through all generations."""
+        return np.asarray(self._column("id", rows), np.int64)
+
+    def rows_of(self, ids: npt.NDArray[np.int64]) -> npt.NDArray[np.int64]:
+        """Row of index.h5 of each input, -1 where it is not shown. Reads the id column once, in pieces."""
+        order = np.argsort(ids)
+        rows = np.full(len(ids), -1, np.int64)
+        for first in range(0, self.rows, ID_PIECE):
+            piece: npt.NDArray[np.int64] = self._table["id"][first : first + ID_PIECE]
+            found = np.flatnonzero(np.isin(piece, ids))
+            rows[order[np.searchsorted(ids, piece[found], sorter=order)]] = first + found
+        return rows
+
+    def vectors(self, rows: npt.NDArray[np.int64]) -> npt.NDArray[np.float16]:
+        """(n, d), a copy."""
+        emb_nd = np.empty((len(rows), self.dim), np.float16)
+        for block in self._blocks:
+            here = np.flatnonzero((rows >= block.first_row) & (rows < block.first_row + block.live))
+            if len(here):
+                ends = np.cumsum(block.runs[:, 1])
+                nth = rows[here] - block.first_row  # live vector of this block
+                run = np.searchsorted(ends, nth, side="right")
+                emb_nd[here] = block.emb_nd[block.runs[run, 0] + nth - (ends[run] - block.runs[run, 1])]
+        return emb_nd
 
     def _strings(self, path: str, rows: npt.NDArray[np.int64]) -> list[str]:
         return [text.decode() for text in self._column(path, rows)]

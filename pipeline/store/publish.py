@@ -20,32 +20,57 @@ import os
 import re
 import shutil
 import sqlite3
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import asdict
 from pathlib import Path
-from typing import Any
+from typing import Any, TypeAlias
 
 from pipeline.store import table
-from pipeline.store.files import GENERATION_SCHEMA, digest_file, point_link, sync, temporary, write_text
+from pipeline.store.files import (
+    GENERATION_SCHEMA,
+    NoIndex,
+    StoreError,
+    digest_file,
+    point_link,
+    sync,
+    temporary,
+    write_text,
+)
 from pipeline.store.fold import FILES_MAX, DataFile, fold, plan, scan
 from pipeline.store.manifest import next_id, read_state, transaction
 from pipeline.store.shards import ShardInfo
 
 KEEP = 3  # generations, the current one included
+Review: TypeAlias = Callable[[int, int], None]  # numbers of the generation that is shown and of the one to be shown
 DATA_FOLDERS = ("shards", "segments")
 OUR_DATA = re.compile(r"\d{6,}(-\d{6,})?\.h5(\.tmp)?")
 OUR_GENERATION = re.compile(r"\d+(\.tmp)?")
 
 
 def publish(
-    db: sqlite3.Connection, out: Path, space: tuple[int, str, int], spec: Mapping[str, Any], extra: Mapping[str, Any]
-) -> int:
-    """Write and switch to the next generation; when nothing changed since the last one, that one's number."""
+    db: sqlite3.Connection,
+    out: Path,
+    space: tuple[int, str, int],
+    spec: Mapping[str, Any],
+    extra: Mapping[str, Any],
+    keep: int,
+    review: Review | None,
+) -> int | None:
+    """Write the next generation and show it; when nothing changed since the last one of this space, show that one.
+
+    None: another model's generation is shown, and this one's vectors are not complete, so that one stays. Once they
+    are, `review` compares the two before readers see the new one. While a generation is pinned (see `show`), the new
+    one is written and waits.
+    """
     space_number, name, dim = space
     state = read_state(db)
+    shown, shown_space = shown_generation(db, out)
+    changes_model = shown_space not in (None, space_number)
+    if changes_model and missing(db, space_number):
+        return None
     last = db.execute("SELECT number, space, state FROM generation ORDER BY number DESC LIMIT 1").fetchone()
     if last and last[1:] == (space_number, state) and (folder(out, last[0]) / "generation.json").is_file():
-        switch(out, last[0])  # a crash may have come between writing it and switching to it
+        switch(db, out, last[0])  # a crash may have come between writing it and switching to it
         return int(last[0])
 
     files, marks = scan(db, space_number, dim)
@@ -64,9 +89,32 @@ def publish(
             "INSERT INTO generation(number, space, state, files) VALUES (?, ?, ?, ?)",
             (number, space_number, state, json.dumps(named)),
         )
-    switch(out, number)
-    prune(db, out, stale)
+    if changes_model and review is not None and shown is not None:
+        review(shown, number)
+    switch(db, out, number)
+    prune(db, out, stale, keep)
     return number
+
+
+def shown_generation(db: sqlite3.Connection, out: Path) -> tuple[int | None, int | None]:
+    """Number and space of what readers see; None where nothing was published."""
+    current = out / "current"
+    if not current.is_symlink():
+        return None, None
+    number = int(os.readlink(current).rpartition("/")[2])
+    row = db.execute("SELECT space FROM generation WHERE number = ?", (number,)).fetchone()
+    return number, int(row[0]) if row else None
+
+
+def missing(db: sqlite3.Connection, space: int) -> int:
+    """Pictures of all sources that another model's generation shows and one of this space could not. Those that cannot
+    be read do not count: they would keep the new model out for ever."""
+    sql = (
+        "SELECT count(*) FROM input i WHERE i.status IN ('embedded', 'pending', 'rebuild') "
+        "AND i.content_hash IS NOT NULL "
+        "AND NOT EXISTS(SELECT 1 FROM vector v WHERE v.content_hash = i.content_hash AND v.space = ?)"
+    )
+    return int(db.execute(sql, (space,)).fetchone()[0])
 
 
 def folder(out: Path, number: int) -> Path:
@@ -115,8 +163,9 @@ def write_generation(
     return [file.info.name for file in files]
 
 
-def switch(out: Path, number: int) -> None:
-    target = f"generations/{number}"
+def switch(db: sqlite3.Connection, out: Path, number: int) -> None:
+    """Show generation `number`, or the pinned one."""
+    target = f"generations/{pinned(db) or number}"
     current = out / "current"
     if not (current.is_symlink() and os.readlink(current) == target):
         point_link(current, target)
@@ -124,15 +173,45 @@ def switch(out: Path, number: int) -> None:
         point_link(out / "index.h5", "current/index.h5")
 
 
-def prune(db: sqlite3.Connection, out: Path, stale: Sequence[str]) -> None:
-    """Forget generations beyond the last KEEP; delete their files and `stale` ones unless something kept names them."""
-    old = db.execute("SELECT number, files FROM generation ORDER BY number DESC LIMIT -1 OFFSET ?", (KEEP,)).fetchall()
+def show(db: sqlite3.Connection, out: Path, number: int | None) -> int:
+    """Pin a kept generation: readers see it until another is shown. None takes the pin off: the newest is shown."""
+    kept = [row[0] for row in db.execute("SELECT number FROM generation ORDER BY number")]
+    if not kept:
+        raise NoIndex(f"{out} has no generation yet; make one: python -m pipeline.index --out {out} ...")
+    if number is not None and number not in kept:
+        raise StoreError(f"generation {number} is not kept in {out}; there are {', '.join(map(str, kept))}")
     with transaction(db):
-        db.executemany("DELETE FROM generation WHERE number = ?", ((number,) for number, _ in old))
+        db.execute("DELETE FROM meta WHERE key = 'pinned'")
+        if number is not None:
+            db.execute("INSERT INTO meta VALUES ('pinned', ?)", (number,))
+    switch(db, out, kept[-1])
+    return number or int(kept[-1])
+
+
+def pinned(db: sqlite3.Connection) -> int | None:
+    row = db.execute("SELECT value FROM meta WHERE key = 'pinned'").fetchone()
+    return int(row[0]) if row else None
+
+
+def prune(db: sqlite3.Connection, out: Path, stale: Sequence[str], keep: int) -> None:
+    """Forget generations beyond the last `keep` and the pinned one, and delete what nothing kept names, `stale` files
+    too. A model goes with its last generation, unless a source is still indexed with it."""
+    old = db.execute(
+        "SELECT number, files, space FROM generation WHERE number IS NOT ? ORDER BY number DESC LIMIT -1 OFFSET ?",
+        (pinned(db), keep),
+    ).fetchall()
+    in_use = "SELECT space FROM generation UNION SELECT space FROM source"
+    unnamed = {*stale, *(name for _, files, _ in old for name in json.loads(files))}
+    with transaction(db):
+        db.executemany("DELETE FROM generation WHERE number = ?", ((number,) for number, _, _ in old))
+        for space in {space for _, _, space in old} - {row[0] for row in db.execute(in_use)}:
+            unnamed |= {row[0] for row in db.execute("SELECT name FROM shard WHERE space = ?", (space,))}
+            db.execute("DELETE FROM vector WHERE space = ?", (space,))
+            db.execute("DELETE FROM shard WHERE space = ?", (space,))
     kept = named_files(db)
-    for number, _ in old:
+    for number, _, _ in old:
         shutil.rmtree(folder(out, number))
-    for name in {*stale, *(name for _, files in old for name in json.loads(files))} - kept:
+    for name in unnamed - kept:
         (out / name).unlink(missing_ok=True)
 
 

@@ -27,14 +27,14 @@ import numpy as np
 
 from pipeline.batch import Item, Mark, Reason
 from pipeline.store import publish as publishing
-from pipeline.store.files import StoreDamaged, StoreError, sync, take_lock, write_text
+from pipeline.store.files import NoIndex, StoreDamaged, StoreError, sync, take_lock, write_text
 from pipeline.store.fold import register
 from pipeline.store.listing import Container, Listing, Observed, Preview, Scope, clean_text
 from pipeline.store.manifest import PENDING, bump_state, connect, select_in, space_id, transaction
 from pipeline.store.shards import ShardInfo, check_file, hash_rows
 
 log = logging.getLogger(__name__)
-EXAMPLES = 3
+EXAMPLES = 24  # of each reason
 
 
 class PendingItem(NamedTuple):
@@ -64,10 +64,20 @@ class Committed(NamedTuple):
     waiting: int = 0  # copies of a content that has no vector yet: still pending
 
 
+class Quarantined(NamedTuple):
+    key: str
+    words: str  # the decoder's own
+    locator: bytes
+    size_bytes: int
+    attempts: int
+    first_seen: int  # run that listed the key first
+    last_seen: int  # run that found its present bytes
+
+
 @dataclass(frozen=True, slots=True)
 class Quarantine:
     count: int
-    examples: list[tuple[str, str]]  # key, the decoder's words
+    examples: list[Quarantined]  # the newest
 
 
 class Counts(NamedTuple):
@@ -254,20 +264,60 @@ class Store:
         quarantined = sum(entry.count for entry in reasons.values())
         return Counts(count("") - pending - deleted - quarantined, pending, quarantined, deleted, reasons)
 
-    def _examples(self, reason: str) -> list[tuple[str, str]]:
-        return self._db.execute(
-            "SELECT key, words FROM input WHERE scope = ? AND status = 'quarantined' AND reason = ? LIMIT ?",
+    def _examples(self, reason: str) -> list[Quarantined]:
+        rows = self._db.execute(
+            "SELECT key, words, locator, size, attempts, first_seen, last_seen FROM input "
+            "WHERE scope = ? AND status = 'quarantined' AND reason = ? ORDER BY id DESC LIMIT ?",
             (self.listing.scope, reason, EXAMPLES),
-        ).fetchall()
+        )
+        return [Quarantined(*row) for row in rows]
 
-    def publish(self, spec: Mapping[str, Any], extra: Mapping[str, Any]) -> int:
-        """Make the present state visible to readers; returns the number of the generation that shows it."""
-        return publishing.publish(self._db, self.out, self._space, spec, extra)
+    def publish(
+        self,
+        spec: Mapping[str, Any],
+        extra: Mapping[str, Any],
+        keep: int = publishing.KEEP,
+        review: publishing.Review | None = None,
+    ) -> int | None:
+        """Make the present state visible to readers; returns the number of the generation that shows it.
+
+        None: another model's generation is shown and this model lacks vectors of `missing` pictures, so nothing was
+        published. `review(shown, new)` is called before a generation of another model takes the place of the shown one.
+        """
+        return publishing.publish(self._db, self.out, self._space, spec, extra, keep, review)
+
+    def missing(self) -> int:
+        """Pictures of all sources whose known bytes have no vector in this space."""
+        return publishing.missing(self._db, self._space[0])
+
+    @property
+    def pinned(self) -> int | None:
+        """The generation that was chosen to be shown whatever is published after it."""
+        return publishing.pinned(self._db)
 
     def write_run_report(self, number: int, report: Mapping[str, Any]) -> Path:
         path = self.out / "runs" / f"{number}.json"
         write_text(path, json.dumps(report, indent=1))
         return path
+
+
+def show_generation(out: Path, number: int | None) -> int:
+    """Make readers see generation `number` until another is chosen; None: the newest again, and from now on.
+
+    Raises:
+        NoIndex, StoreError: there is no such generation. Locked: a run is writing.
+    """
+    if not (out / "manifest.sqlite").is_file():
+        raise NoIndex(f"no index in {out}; make one: python -m pipeline.index --out {out} ...")
+    lock = take_lock(out / "lock")
+    try:
+        db = connect(out / "manifest.sqlite")
+        try:
+            return publishing.show(db, out, number)
+        finally:
+            db.close()
+    finally:
+        os.close(lock)
 
 
 def _refuse_lost_manifest(out: Path) -> None:

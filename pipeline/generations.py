@@ -1,0 +1,127 @@
+"""`python -m pipeline.generations`: what was published and is kept; show an older one again with one command.
+
+Readers follow the link `current`, so a switch costs one rename and they see all of one generation or all of the other.
+A generation that was chosen stays until another is, whatever is published meanwhile: a roll back that the next night
+undid would be none.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import logging
+import os
+import sys
+import time
+from dataclasses import asdict, dataclass
+from pathlib import Path
+
+from rich.console import Console
+from rich.table import Table
+
+from pipeline.config import UsageError, only_index_here
+from pipeline.store import Locked, NoIndex, StoreError, show_generation
+
+log = logging.getLogger("nightjar")
+DONE, FAILED, USAGE, LOCKED = 0, 1, 2, 4
+EXAMPLES = """examples:
+  python -m pipeline.generations --out inat2021-index              what is kept
+  python -m pipeline.generations --out inat2021-index --show 12    roll back to generation 12, until told otherwise
+  python -m pipeline.generations --out inat2021-index --show newest
+
+exit codes: 0 done, 1 failed, 2 usage, 4 a run is writing to the index"""
+
+
+@dataclass(frozen=True)
+class Kept:
+    number: int
+    published: str  # local time
+    rows: int
+    model: str
+    data_bytes: int  # of the files it names; generations share most of them
+    shown: bool
+
+
+def kept_generations(index: Path) -> list[Kept]:
+    """Oldest first.
+
+    Raises:
+        NoIndex: nothing was published in `index`.
+    """
+    current = index / "current"
+    if not current.is_symlink():
+        raise NoIndex(f"no index in {index}; make one: python -m pipeline.index --out {index} ...")
+    shown = os.readlink(current).rpartition("/")[2]
+    kept = []
+    for home in sorted((index / "generations").iterdir(), key=lambda home: (len(home.name), home.name)):
+        try:
+            text = (home / "generation.json").read_text(encoding="utf-8")
+        except FileNotFoundError:
+            continue  # being written, or pruned between two looks
+        content = json.loads(text)
+        kept.append(
+            Kept(
+                number=content["number"],
+                published=time.strftime("%Y-%m-%d %H:%M", time.localtime((home / "generation.json").stat().st_mtime)),
+                rows=content["rows"],
+                model=content["spec"]["model"],
+                data_bytes=sum(file["bytes"] for file in [*content["files"], content["index"]]),
+                shown=home.name == shown,
+            )
+        )
+    return kept
+
+
+def main(argv: list[str] | None = None) -> int:
+    logging.basicConfig(level=logging.INFO, format="%(message)s", stream=sys.stderr)
+    parser = argparse.ArgumentParser(
+        prog="python -m pipeline.generations", description="What was published and is kept; roll back to any of it.",
+        epilog=EXAMPLES, formatter_class=argparse.RawDescriptionHelpFormatter, allow_abbrev=False,
+    )  # fmt: skip
+    parser.add_argument("--out", type=Path, help="the index (default: the only ./*-index here)")
+    parser.add_argument("--show", metavar="N", help='what readers see from now on: a number, or "newest"')
+    parser.add_argument("--json", action="store_true", help="one JSON object instead of a table")
+    args = parser.parse_args(argv)
+    try:
+        index = args.out or only_index_here()
+        if args.show is not None:
+            log.info("generation %d is shown", show_generation(index, _wanted(args.show)))
+        kept = kept_generations(index)
+    except (UsageError, NoIndex) as error:
+        return _fail(USAGE, error)
+    except Locked as error:
+        return _fail(LOCKED, error)
+    except (StoreError, OSError) as error:
+        return _fail(FAILED, error)
+    if args.json:
+        print(json.dumps({"index": str(index), "generations": [asdict(one) for one in kept]}))
+    else:
+        _print(index, kept)
+    return DONE
+
+
+def _wanted(text: str) -> int | None:
+    if text == "newest":
+        return None
+    if not text.isdecimal():
+        raise UsageError(f'--show {text}: give the number of a generation, or "newest"')
+    return int(text)
+
+
+def _print(index: Path, kept: list[Kept]) -> None:
+    table = Table(title=str(index))
+    for name in ("", "generation", "published", "pictures", "model", "data"):
+        table.add_column(name, justify="right" if name in ("generation", "pictures", "data") else "left")
+    for one in kept:
+        mark, size = "shown" if one.shown else "", f"{one.data_bytes / 1e6:,.1f} MB"
+        table.add_row(mark, str(one.number), one.published, f"{one.rows:,}", one.model, size)
+    Console().print(table)
+
+
+def _fail(code: int, error: Exception) -> int:
+    log.error("error: %s", error)
+    return code
+
+
+if __name__ == "__main__":
+    sys.exit(main())
