@@ -1,9 +1,14 @@
 # Verbs. `make` alone prints them.
+, := ,
 PYTHON ?= python3
-VENV   ?= .venv
+# cpu, gpu-cu13 or gpu-cu12: one environment holds one of them. The CUDA 12 line has versions of its own (docs/gpu.md).
+LANE   ?= cpu
+VENV   ?= $(if $(filter cpu,$(LANE)),.venv,.venv-$(LANE))
+EXTRAS := $(if $(filter cpu,$(LANE)),cpu$(,)nogpu,$(LANE))
+PINS   := $(if $(filter gpu-cu12,$(LANE)),,--constraint constraints.txt)
 RUN    := $(VENV)/bin/python
 OUT    ?= demo-out
-# A GPU host brings its own environment; `setup` would put the CPU one there.
+# Where a GPU host brings an environment of its own.
 GPU_PYTHON ?= python3
 
 .DEFAULT_GOAL := help
@@ -12,12 +17,12 @@ GPU_PYTHON ?= python3
 help:  ## print this
 	@awk -F ':.*## ' '/^[a-z-]+:.*## / {printf "  make %-11s %s\n", $$1, $$2}' $(MAKEFILE_LIST)
 
-setup: $(VENV)/.done  ## environment in .venv from the pinned versions in constraints.txt
+setup: $(VENV)/.done  ## environment in .venv from pinned versions; on GPU hosts LANE=gpu-cu13, here and for engines
 
 $(VENV)/.done: pyproject.toml constraints.txt pipeline/resize.c
 	$(PYTHON) -c 'import sys; v = sys.version_info[:2]; sys.exit(None if (3, 11) <= v < (3, 14) else f"Python 3.11 to 3.13 is needed, this is {v[0]}.{v[1]}: make setup PYTHON=python3.12")'
 	$(PYTHON) -m venv $(VENV)
-	$(VENV)/bin/pip install --quiet --disable-pip-version-check --constraint constraints.txt --editable '.[cpu,nogpu,dev]'
+	$(VENV)/bin/pip install --quiet --disable-pip-version-check $(PINS) --editable '.[$(EXTRAS),dev]'
 	@touch $@
 
 demo: setup  ## generated pictures in, index and nine answers out, with the model that ships here (minutes)

@@ -18,7 +18,7 @@ import numpy.typing as npt
 import pytest
 from compare import SPREAD_ERROR_MAX, assert_same_vectors
 
-from engines import EngineUnavailable, choose, gate, open_engine
+from engines import GPU_RUNTIMES, EngineUnavailable, choose, gate, open_engine
 from engines.aoti import AotiCpuEngine
 from engines.build import Report
 from engines.hardware import host_id
@@ -47,7 +47,8 @@ def random_rows(engine: gate.ExactEngine, count: int, seed: int = 0) -> npt.NDAr
 
 
 def test_every_engine_passed_its_gate_and_says_what_was_measured(all_engines: Report) -> None:
-    assert [(card.tower, card.runtime) for card in all_engines.cards] == [
+    on_cpu = [(card.tower, card.runtime) for card in all_engines.cards if card.runtime not in GPU_RUNTIMES]
+    assert on_cpu == [
         ("vision", "ort-cpu"), ("text", "ort-cpu"), ("vision", "aoti-cpu"),
     ]  # fmt: skip
     assert not all_engines.failures
