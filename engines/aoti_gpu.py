@@ -9,7 +9,8 @@ from __future__ import annotations
 
 import importlib.util
 import time
-from contextlib import AbstractContextManager
+from collections.abc import Iterator
+from contextlib import AbstractContextManager, contextmanager
 from importlib import metadata
 from pathlib import Path
 from typing import Any
@@ -45,21 +46,26 @@ class AotiCudaEngine(GpuEngine):
         import torch
 
         self._expect_gpu()
-        self._out_of_memory = torch.OutOfMemoryError
-        try:
+        with self._told_out_of_memory(f"opening {card.file}"):
             self._given = [self._tensor(array) for array in self._inputs]
             self._made = [self._tensor(array) for array in self._outputs]
             self._runner = torch._inductor.aoti_load_package(str(card_path.parent / card.file)).loader
-        except torch.OutOfMemoryError as error:
-            raise OutOfGpuMemory(f"opening {card.file}: {error}") from error
 
     def _enqueue(self, slot: int) -> None:
+        with self._told_out_of_memory(f"{self.card.batch} rows"), self._on_stream():
+            (vectors,) = self._runner.boxed_run([self._given[slot]])
+            self._made[slot].copy_(vectors, non_blocking=True)
+
+    @contextmanager
+    def _told_out_of_memory(self, what: str) -> Iterator[None]:
+        """A package says of any failure "... API call failed at ...": on a sound GPU it is want of memory."""
         try:
-            with self._on_stream():
-                (vectors,) = self._runner.boxed_run([self._given[slot]])
-                self._made[slot].copy_(vectors, non_blocking=True)
-        except self._out_of_memory as error:
-            raise OutOfGpuMemory(f"{self.card.batch} rows: {error}") from error
+            yield
+        except RuntimeError as error:  # torch.OutOfMemoryError is one
+            self.stream.synchronize()  # raises GpuError where the GPU is at fault
+            if "out of memory" in str(error) or "API call failed" in str(error):
+                raise OutOfGpuMemory(f"{what}: {error}") from error
+            raise
 
     def _expect_gpu(self) -> None:
         import torch

@@ -188,8 +188,9 @@ def _input_dtype(want: Want) -> str:
 
 def _plan(artifact: Artifact, want: Want, sm: str) -> trt_gpu.Built:
     rtx = want.runtime == "tensorrt-rtx"
-    # Beside the artifacts: models of one shape share it, and one host's measurements are of no use to another's GPU.
-    cache = None if rtx else artifact.path.parent / f"timing-{want.host}.cache"
+    # Beside the artifacts: models of one shape share it; what another GPU, driver or TensorRT measured is of no use.
+    measured = f"timing-{want.host}-{digest_json(_versions(want.runtime))[:8]}.cache"
+    cache = None if rtx else artifact.path.parent / measured
     target = sm if rtx else None
     if want.precision != "bf16":
         return trt_gpu.build_plan(want.runtime, _graph(artifact, want.precision), want.batch, target, cache)

@@ -55,7 +55,8 @@ class Stream:
     def __init__(self) -> None:
         runtime = _runtime()
         self.handle: int = int(_call("cudaStreamCreateWithFlags", runtime.cudaStreamNonBlocking))
-        weakref.finalize(self, runtime.cudaStreamDestroy, self.handle)
+        # Never destroyed: libraries free pictures on their stream when those go, in an order that nobody chooses at the
+        # end of a process, and a C++ destructor that fails takes the process down.
 
     def __cuda_stream__(self) -> tuple[int, int]:
         return 0, self.handle
@@ -119,7 +120,8 @@ class DeviceArray:
 
     def fill(self, host: npt.NDArray[Any], stream: Stream) -> None:
         """Copy `host` of the same shape here, converted to this dtype, and record `ready`. Waits: not for the loop."""
-        copy_to_device(self, np.ascontiguousarray(host, self.dtype), stream)
+        converted = np.ascontiguousarray(host, self.dtype)  # must live until the copy is done
+        copy_to_device(self, converted, stream)
         self.ready.record(stream)
         self.ready.synchronize()
 

@@ -75,7 +75,7 @@ class TensorRtEngine(OrtGpuEngine):
     provider = TENSORRT_PROVIDER
 
     def provider_options(self, precision: Precision, graphed: bool) -> dict[str, str]:
-        return {"trt_cuda_graph_enable": "1" if graphed else "0"}
+        return {"trt_cuda_graph_enable": "True" if graphed else "False"}  # this provider takes no 1 and 0
 
     def _graph(self, card_path: Path) -> Path:
         return card_path.parent / trt_gpu.CONTEXT
@@ -101,7 +101,9 @@ def open_gpu_session(graph: Path | bytes, provider: str, provider_options: dict[
     options.add_session_config_entry("session.disable_cpu_ep_fallback", "1")
     if provider == TENSORRT_PROVIDER:  # a plan is finished; there is nothing to rewrite around it
         options.graph_optimization_level = ort.GraphOptimizationLevel.ORT_DISABLE_ALL
-    on_stream = {"device_id": "0", "has_user_compute_stream": "1", "user_compute_stream": str(stream.handle)}
+    on_stream = {"device_id": "0", "user_compute_stream": str(stream.handle)}
+    if provider == CUDA_PROVIDER:  # the other one knows no such option, and refuses a session that names it
+        on_stream["has_user_compute_stream"] = "1"
     with told_out_of_memory(f"opening {_name(graph)}"):
         try:
             return open_session(graph, provider, options, {**provider_options, **on_stream})

@@ -121,8 +121,10 @@ def build_plan(
     made = builder.build_serialized_network(network, config)
     if made is None:
         raise EngineUnavailable(f"{runtime} could not build {graph.name}: {'; '.join(log.errors[-3:]) or 'no reason'}")
-    if timing_cache is not None:
-        timing_cache.write_bytes(bytes(config.get_timing_cache().serialize()))
+    if timing_cache is not None and (measured := config.get_timing_cache()) is not None:
+        draft = timing_cache.with_suffix(".tmp")
+        draft.write_bytes(bytes(measured.serialize()))
+        draft.replace(timing_cache)
     plan = bytes(made)
     return Built(plan, logged_kernels(log.lines) if runtime == "tensorrt-rtx" else _inspected_kernels(trt, log, plan))
 

@@ -58,10 +58,13 @@ class Slot:
 
 
 class OnStream:
-    """A picture in GPU memory that whoever takes it works on in the same stream: one event less for each."""
+    """A picture in GPU memory that whoever takes it works on in the same stream: one event less for each.
+
+    It does not hold the picture (`Slot.held` does): CV-CUDA caches what was wrapped, by number of rows, and counts it
+    as nothing, so pictures of every size of a part that ever occurred would stay in GPU memory.
+    """
 
     def __init__(self, image: Any) -> None:
-        self.image = image
         self.__cuda_array_interface__ = image.__cuda_array_interface__ | {"stream": -1}
 
 
