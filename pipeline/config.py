@@ -6,6 +6,8 @@
 from __future__ import annotations
 
 import argparse
+import math
+from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Literal, get_args
@@ -13,8 +15,11 @@ from typing import Literal, get_args
 from engines import RUNTIMES
 from engines.hardware import physical_cores
 from engines.spec import Artifact, Precision, default_model, find_artifact
+from pipeline.batch import Reason
 from pipeline.devices import Devices, EngineWish, resolve_devices
+from pipeline.duration import parse_duration
 from pipeline.sources import SOURCES, Source, open_source
+from pipeline.store.publish import KEEP
 
 INDEX_EXAMPLES = """examples:
   python -m pipeline.index --source inat2021 --root /data/inat2021
@@ -22,10 +27,11 @@ INDEX_EXAMPLES = """examples:
   python -m pipeline.index --source tar --root 's3://bucket/shards' --model ./my-clip
   python -m pipeline.index --source inat2021 --split val --download
   python -m pipeline.index --source folder --root /data --devices gpu:0,gpu:1
+  python -m pipeline.index --source folder --root /data --budget 6h --retry truncated,read_error
 
 A second run over unchanged pictures does nothing and says so; a run that was stopped is resumed by the same command.
 exit codes: 0 done, 1 failed, 2 usage, 3 done but more newly quarantined than --max-quarantined, 4 another run holds
-the lock, 6 too many deletions, 130 interrupted (resumable)"""
+the lock, 5 budget spent (what was done is published; resumable), 6 too many deletions, 130 interrupted (resumable)"""
 
 SEARCH_EXAMPLES = """examples:
   python -m pipeline.search "a red bird on a branch" --out inat2021-index
@@ -52,6 +58,9 @@ class Config:
     decode_threads: int
     max_quarantined: int | None
     max_deleted_percent: float
+    retry: tuple[Reason, ...]  # quarantined for these reasons: to be tried again
+    budget_s: float  # infinite without a budget
+    keep: int  # generations, the one that is shown included
     json_only: bool
     download: bool
 
@@ -85,8 +94,16 @@ def index_parser() -> argparse.ArgumentParser:
     parser.add_argument("--precision", default="auto", choices=["auto", *get_args(Precision)], help="engine precision")
     parser.add_argument("--max-quarantined", type=int, metavar="N", help="exit 3 if more than N are newly quarantined")
     parser.add_argument(
-        "--max-deleted", type=float, default=20.0, metavar="PERCENT",
+        "--max-deleted",
+        type=float,
+        default=20.0,
+        metavar="PERCENT",
         help="stop (exit 6) instead of deleting more than this share of the source (default: 20)",
+    )
+    parser.add_argument("--retry", metavar="REASON,...", help=f"try quarantined again: {', '.join(get_args(Reason))}")
+    parser.add_argument("--budget", metavar="TIME", help="publish what is done after 90m, 6h, 1h30m, ... (exit 5)")
+    parser.add_argument(
+        "--keep", type=int, default=KEEP, metavar="N", help="generations to keep (default: %(default)s)"
     )
     parser.add_argument("--json", action="store_true", help="no progress, only the final JSON line")
     return parser
@@ -117,6 +134,8 @@ def parse_index(argv: list[str] | None) -> Config:
     source = open_source(args.source, args.root, split=args.split, download=args.download)
     if not 0 <= args.max_deleted <= 100:
         raise UsageError(f"--max-deleted is {args.max_deleted}; it is a share in percent, 0 to 100")
+    if args.keep < 1:
+        raise UsageError(f"--keep is {args.keep}; the generation that readers see is one, so it is at least 1")
     artifact, cores = find_artifact(args.model), physical_cores()
     return Config(
         source=source,
@@ -129,9 +148,30 @@ def parse_index(argv: list[str] | None) -> Config:
         decode_threads=cores,
         max_quarantined=args.max_quarantined,
         max_deleted_percent=args.max_deleted,
+        retry=parse_reasons(args.retry.split(",")) if args.retry else (),
+        budget_s=_budget_s(args.budget),
+        keep=args.keep,
         json_only=args.json,
         download=args.download,
     )
+
+
+def parse_reasons(words: Sequence[str]) -> tuple[Reason, ...]:
+    """
+    Raises:
+        UsageError: one of them is no reason why a picture is quarantined.
+    """
+    reasons = {reason: reason for reason in get_args(Reason)}
+    if unknown := [word for word in words if word not in reasons]:
+        raise UsageError(f"--retry {unknown[0]!r}: there is no such reason; there are {', '.join(reasons)}")
+    return tuple(reasons[word] for word in words)
+
+
+def _budget_s(text: str | None) -> float:
+    try:
+        return math.inf if text is None else parse_duration(text)
+    except ValueError as error:
+        raise UsageError(f"--budget {error}") from None
 
 
 def parse_search(argv: list[str] | None) -> SearchConfig:
@@ -143,8 +183,15 @@ def parse_search(argv: list[str] | None) -> SearchConfig:
     if "{}" not in args.template:
         raise UsageError(f'--template {args.template!r} has no {{}} for the text; e.g. "a photo of a {{}}"')
     return SearchConfig(
-        text=args.text, image=args.image, out=args.out or only_index_here(), k=args.k, threshold=args.threshold,
-        template=args.template, grid=args.grid, json=args.json, model=args.model,
+        text=args.text,
+        image=args.image,
+        out=args.out or only_index_here(),
+        k=args.k,
+        threshold=args.threshold,
+        template=args.template,
+        grid=args.grid,
+        json=args.json,
+        model=args.model,
     )
 
 
@@ -158,6 +205,9 @@ def only_index_here() -> Path:
 
 def _parser(prog: str, description: str, examples: str) -> argparse.ArgumentParser:
     return argparse.ArgumentParser(
-        prog=f"python -m {prog}", description=description, epilog=examples,
-        formatter_class=argparse.RawDescriptionHelpFormatter, allow_abbrev=False,
+        prog=f"python -m {prog}",
+        description=description,
+        epilog=examples,
+        formatter_class=argparse.RawDescriptionHelpFormatter,
+        allow_abbrev=False,
     )

@@ -40,7 +40,17 @@ from pillow_heif import HeifImageFile
 
 from engines.spec import Preprocess
 from pipeline.batch import BadImage, Mark, Reason
-from pipeline.headers import JpegHeader, Kind, end_is_missing, png_sizes_inside, read_jpeg_header, sniff, still_png
+from pipeline.headers import (
+    JPEG_SEGMENTS_MAX,
+    JpegHeader,
+    Kind,
+    end_is_missing,
+    has_endless_segments,
+    png_sizes_inside,
+    read_jpeg_header,
+    sniff,
+    still_png,
+)
 
 Pixels = npt.NDArray[np.uint8]
 
@@ -138,6 +148,8 @@ def _decode_jpeg(encoded: bytes, pre: Preprocess) -> Decoded:
     header = read_jpeg_header(encoded)
     if (header is None or header.whole_in_memory) and (scans := encoded.count(b"\xff\xda")) > JPEG_SCANS_MAX:
         raise BadImage("corrupt", f"{scans} scans: a picture has use for {JPEG_SCANS_MAX} at most")
+    if header is None and has_endless_segments(encoded):
+        raise BadImage("corrupt", f"more than {JPEG_SEGMENTS_MAX} segments before the first scan")
     if header is None:  # libjpeg skips what it does not understand between segments, and warns
         return _decode_pillow("jpeg", encoded, pre, mark="damaged")
     if header.components == 4:  # simplejpeg's CMYK is up to 2 levels off Pillow's
@@ -152,6 +164,8 @@ def _decode_jpeg(encoded: bytes, pre: Preprocess) -> Decoded:
             image = simplejpeg.decode_jpeg(encoded, min_height=minima[0], min_width=minima[1])
     except ValueError as error:
         return _second_opinion(encoded, pre, str(error), header)
+    except MemoryError as error:
+        raise _no_memory("simplejpeg") from error
     return Decoded(_upright(image, header.orientation), "scaled" if scale > 1 else "", "simplejpeg")
 
 
@@ -170,9 +184,7 @@ def _second_opinion(encoded: bytes, pre: Preprocess, words: str, header: JpegHea
         raise BadImage(reason, f"simplejpeg: {words}; {bad.failure.words}") from bad
 
 
-def _decode_pillow(
-    kind: Kind, encoded: bytes, pre: Preprocess, *, mark: Mark = "", can_scale: bool = False
-) -> Decoded:
+def _decode_pillow(kind: Kind, encoded: bytes, pre: Preprocess, *, mark: Mark = "", can_scale: bool = False) -> Decoded:
     opener = OPENERS[kind]
     try:
         picture = opener.open(BytesIO(encoded))
@@ -187,8 +199,10 @@ def _decode_pillow(
             image = _rgb(picture)
     except BadImage:
         raise
-    except (Image.DecompressionBombError, Image.DecompressionBombWarning, MemoryError) as error:
+    except (Image.DecompressionBombError, Image.DecompressionBombWarning) as error:
         raise BadImage("too_large", f"{opener.decoder}: {_words(error)}") from error
+    except MemoryError as error:
+        raise _no_memory(opener.decoder) from error
     except Exception as error:  # decoders meet hostile bytes with any exception there is
         raise BadImage(_reason(error, kind, encoded), f"{opener.decoder}: {_words(error)}") from error
     return Decoded(_upright(image, orientation), mark or ("scaled" if scale > 1 else ""), opener.decoder)
@@ -248,6 +262,11 @@ def _upright(image: Pixels, orientation: int) -> Pixels:
     if orientation in (2, 3, 6, 7):
         image = image[:, ::-1]
     return image
+
+
+def _no_memory(decoder: str) -> BadImage:
+    """Its size was within bounds, so tonight's memory is to blame, not the picture: it is tried again in every run."""
+    return BadImage("read_error", f"{decoder}: no memory to decode it")
 
 
 def _words(error: BaseException) -> str:

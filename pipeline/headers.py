@@ -47,6 +47,7 @@ MAGIC: tuple[tuple[bytes, Kind], ...] = (
 HEIF_BRANDS = (b"heic", b"heix", b"heim", b"heis", b"hevc", b"hevx", b"mif1", b"msf1")
 
 JPEG_SOS, JPEG_EOI = 0xDA, 0xD9
+JPEG_SEGMENTS_MAX = 20_000  # before the first scan; a profile and XMP of 16 MB each have 500. 2 us each, in Python
 JPEG_SOF = frozenset({*range(0xC0, 0xD0)} - {0xC4, 0xC8, 0xCC})  # start of frame; the three others are tables
 JPEG_SOF_PROGRESSIVE = frozenset({0xC2, 0xC6, 0xCA, 0xCE})
 JPEG_SOF_LOSSLESS = frozenset({0xC3, 0xC7, 0xCB, 0xCF})
@@ -89,9 +90,12 @@ def sniff(encoded: bytes) -> Kind | None:
 
 
 def _jpeg_segments(encoded: bytes) -> Iterator[tuple[int, int, int]]:
-    """(marker, start, end) of each segment, through the first scan's or up to garbage; the last may be cut off."""
-    at = 2
-    while at + 4 <= len(encoded) and encoded[at] == 0xFF:
+    """(marker, start, end) of each segment, through the first scan's or up to garbage; the last may be cut off.
+
+    It gives up after `JPEG_SEGMENTS_MAX`, as if garbage followed.
+    """
+    at, left = 2, JPEG_SEGMENTS_MAX
+    while left and at + 4 <= len(encoded) and encoded[at] == 0xFF:
         marker = encoded[at + 1]
         if marker == 0xFF:  # padding
             at += 1
@@ -100,9 +104,15 @@ def _jpeg_segments(encoded: bytes) -> Iterator[tuple[int, int, int]]:
         if length < 2:
             return
         yield marker, at, at + 2 + length
+        left -= 1
         if marker == JPEG_SOS:
             return
         at += 2 + length
+
+
+def has_endless_segments(encoded: bytes) -> bool:
+    """Whether more segments stand before the first scan than any encoder has a use for; decoders walk them all."""
+    return sum(1 for _ in _jpeg_segments(encoded)) == JPEG_SEGMENTS_MAX
 
 
 def read_jpeg_header(encoded: bytes) -> JpegHeader | None:

@@ -10,34 +10,32 @@ from __future__ import annotations
 
 import json
 import logging
-import os
-import signal
 import sqlite3
 import sys
 import time
 from dataclasses import asdict, dataclass
-from types import FrameType
 from typing import NamedTuple
 
 from engines import EngineUnavailable
 from engines.spec import ArtifactMissing
 from pipeline.batch import DeviceUnavailable, Item
 from pipeline.config import Config, UsageError, parse_index
+from pipeline.exits import BUDGET_SPENT, DONE, FAILED, INTERRUPTED, LOCKED, MANY_DELETED, MANY_QUARANTINED, USAGE
 from pipeline.lanes import LaneSpec
 from pipeline.model_change import ModelChange, compare_models
 from pipeline.progress import Display, TransferBar
 from pipeline.run_record import Clock, run_record
+from pipeline.run_reports import publishing_s, work_s
 from pipeline.scheduler import LaneFailed, LaneRefused, Sharing, Totals
 from pipeline.sources import Damage, SourceError
 from pipeline.sources.download import DownloadError, download_inat2021
+from pipeline.stop import Stop
 from pipeline.store import Counts, Generation, Locked, Scope, Store, StoreError
 
 log = logging.getLogger("nightjar")
 
 SCHEMA = 1
 OBSERVE_ROWS = 2000  # listed rows per transaction: one fsync for two thousand pictures
-
-DONE, FAILED, USAGE, MANY_QUARANTINED, LOCKED, MANY_DELETED, INTERRUPTED = 0, 1, 2, 3, 4, 6, 130
 
 
 @dataclass(frozen=True)
@@ -65,6 +63,18 @@ class Report:
     exit: int
 
 
+@dataclass(frozen=True)
+class Indexed:
+    """A source that was listed and embedded as far as time allowed; nothing of that is visible yet."""
+
+    run: int
+    whole: bool  # False: stopped before the listing, or the last of its pictures, was through
+    deleted: int
+    counts: Counts
+    totals: Totals
+    clock: Clock
+
+
 class Published(NamedTuple):
     generation: int | None = None
     model_change: ModelChange | None = None
@@ -74,45 +84,50 @@ class TooManyDeletions(Exception):
     """The source lost so much that a person should look before the index does the same."""
 
 
-class Stop:
-    """SIGINT or SIGTERM once: finish what is done and leave. Twice: leave now; committed rows are safe either way."""
-
-    def __init__(self) -> None:
-        self.requested = False
-        for number in (signal.SIGINT, signal.SIGTERM):
-            signal.signal(number, self._on_signal)
-
-    def _on_signal(self, number: int, frame: FrameType | None) -> None:
-        if self.requested:
-            os._exit(INTERRUPTED)
-        self.requested = True
-
-    def __call__(self) -> bool:
-        return self.requested
+# What may happen to anybody: told in one line. Everything else is a fault of ours and keeps its traceback.
+FAILURES = (
+    UsageError, SourceError, ArtifactMissing, DeviceUnavailable, EngineUnavailable, TooManyDeletions, DownloadError,
+    LaneFailed, StoreError, OSError, sqlite3.Error,
+)  # fmt: skip
 
 
 def run(cfg: Config, stop: Stop) -> Report:
     """The main job, top to bottom.
 
     Raises:
+        UsageError: the budget is too short to get anywhere.
         StoreError (Locked is one), SourceError, TooManyDeletions, LaneFailed: one line each; what was committed stays.
     """
-    start_s, clock = time.monotonic(), Clock()
-    spec = cfg.artifact.spec
-    with Store.open(cfg.out, spec.space, spec.dim) as store:
-        number = store.begin_run(Scope(cfg.source.kind, cfg.source.root, cfg.source.options))
-        with clock.phase("listing"):
-            observe(cfg, store, stop)
-            deleted = 0 if stop() else delete_missing(cfg, store)
-        with clock.phase("embedding"):
-            totals = embed(cfg, store, stop)
-        stopped = stop()
-        with clock.phase("publishing"):
-            published = Published() if stopped else publish(cfg, store)
-        counts = store.counts()
-        report = account(cfg, counts, totals, deleted, published, stopped, time.monotonic() - start_s)
-        store.write_run_report(number, {**asdict(report), **run_record(cfg, number, counts, totals, clock)})
+    start_s = time.monotonic()
+    stop.deadline_s = start_s + work_s(cfg.budget_s, publishing_s(cfg.out))
+    with Store.open(cfg.out, cfg.artifact.spec.space, cfg.artifact.spec.dim) as store:
+        indexed = index_source(cfg, store, stop)
+        with indexed.clock.phase("publishing"):
+            published = Published() if stop.requested else publish(cfg, store)
+        report = account(cfg, indexed, published, stop.requested, time.monotonic() - start_s)
+        write_record(cfg, store, indexed, report)
     return report
+
+
+def index_source(cfg: Config, store: Store, stop: Stop) -> Indexed:
+    """List one source, drop what is gone, embed what is new. Publishing is a step of its own: sources may share it."""
+    clock = Clock()
+    number = store.begin_run(Scope(cfg.source.kind, cfg.source.root, cfg.source.options))
+    if cfg.retry:
+        log.info("%s quarantined pictures are tried again: %s", f"{store.retry(cfg.retry):,}", ", ".join(cfg.retry))
+    with clock.phase("listing"):
+        observe(cfg, store, stop)
+        listed = not stop()
+        deleted = delete_missing(cfg, store) if listed else 0
+    with clock.phase("embedding"):
+        totals = embed(cfg, store, stop)
+    counts = store.counts()
+    return Indexed(number, listed and not counts.pending, deleted, counts, totals, clock)
+
+
+def write_record(cfg: Config, store: Store, indexed: Indexed, report: Report) -> None:
+    record = run_record(cfg, indexed.run, indexed.counts, indexed.totals, indexed.clock)
+    store.write_run_report(indexed.run, {**asdict(report), **record})
 
 
 def download(cfg: Config) -> None:
@@ -181,11 +196,11 @@ def publish(cfg: Config, store: Store) -> Published:
             changes.append(compare_models(old, ours))
 
     spec, extra = json.loads(cfg.artifact.spec.to_json()), {"artifact": str(cfg.artifact.path)}
-    generation = store.publish(spec, extra, review=review)
+    generation = store.publish(spec, extra, cfg.keep, review)
     if generation is None:
         log.warning(
-            "%s pictures of other sources have no vector of this model yet, so readers still see the other model's; "
-            "index those sources with --model %s too", f"{store.missing():,}", cfg.artifact.spec.model,
+            "%s pictures have no vector of this model yet, so readers still see the other model's; "
+            "index all sources, to the end, with --model %s", f"{store.missing():,}", cfg.artifact.spec.model,
         )  # fmt: skip
     elif store.pinned not in (None, generation):
         log.warning(
@@ -218,13 +233,13 @@ def lane_specs(cfg: Config) -> list[LaneSpec]:
     ]
 
 
-def account(
-    cfg: Config, counts: Counts, totals: Totals, deleted: int, published: Published, stopped: bool, seconds: float
-) -> Report:
+def account(cfg: Config, indexed: Indexed, published: Published, interrupted: bool, seconds: float) -> Report:
     """Every input has exactly one state after the run, and the states add up."""
+    counts, totals = indexed.counts, indexed.totals
     unchanged = counts.embedded - totals.embedded - totals.copied
     assert unchanged >= 0, f"{counts} against {totals}: rows were counted twice"
     many = cfg.max_quarantined is not None and totals.quarantined_new > cfg.max_quarantined
+    code = INTERRUPTED if interrupted else MANY_QUARANTINED if many else DONE if indexed.whole else BUDGET_SPENT
     return Report(
         schema=SCHEMA,
         inputs=counts.embedded + counts.quarantined + counts.pending,
@@ -234,7 +249,7 @@ def account(
         quarantined=counts.quarantined,
         quarantined_new=totals.quarantined_new,
         pending=counts.pending,
-        deleted=deleted,
+        deleted=indexed.deleted,
         seconds=round(seconds, 3),
         images_per_s=round((totals.embedded + totals.copied) / seconds, 2),
         bound=max(totals.bound_s, key=lambda stage: totals.bound_s[stage], default=""),
@@ -244,7 +259,7 @@ def account(
         index=str(cfg.out / "index.h5"),
         generation=published.generation,
         model_change=published.model_change,
-        exit=INTERRUPTED if stopped else MANY_QUARANTINED if many else DONE,
+        exit=code,
     )
 
 
@@ -259,22 +274,26 @@ def main(argv: list[str] | None = None) -> int:
         if cfg.download:
             download(cfg)
         report = run(cfg, Stop())
-    except (UsageError, SourceError, ArtifactMissing, DeviceUnavailable, EngineUnavailable, LaneRefused) as error:
-        return _fail(USAGE, error)
-    except Locked as error:
-        return _fail(LOCKED, error)
-    except TooManyDeletions as error:
-        return _fail(MANY_DELETED, error)
-    except (DownloadError, LaneFailed, StoreError, OSError, sqlite3.Error) as error:
-        return _fail(FAILED, error)
+    except FAILURES as error:
+        log.error("error: %s", error)
+        print(json.dumps({"schema": SCHEMA, "error": str(error), "exit": exit_code(error)}), flush=True)
+        return exit_code(error)
     print(json.dumps(asdict(report)), flush=True)
     return report.exit
 
 
-def _fail(code: int, error: Exception) -> int:
-    log.error("error: %s", error)
-    print(json.dumps({"schema": SCHEMA, "error": str(error), "exit": code}), flush=True)
-    return code
+def exit_code(error: Exception) -> int:
+    """Of a run that ended with one of FAILURES."""
+    match error:
+        case Locked():
+            return LOCKED
+        case TooManyDeletions():
+            return MANY_DELETED
+        case UsageError() | SourceError() | ArtifactMissing() | DeviceUnavailable() | EngineUnavailable():
+            return USAGE
+        case LaneRefused():
+            return USAGE
+    return FAILED
 
 
 if __name__ == "__main__":

@@ -27,11 +27,11 @@ from multiprocessing.connection import Connection
 
 import numpy as np
 import numpy.typing as npt
-from blake3 import blake3
 
-from pipeline.batch import BadImage, Batch, Failure
+from pipeline.batch import Batch, Failure
 from pipeline.devices import last_words, open_lane_engine, open_stages
 from pipeline.lanes import ENGINE_SLOTS_MAX, TICK_S, Board, Chunk, Claim, Done, LaneSpec, Ready, Tick, Verdict
+from pipeline.reads import Read, Reader
 from pipeline.store import Outcome, PendingItem, write_shard
 
 READ_THREADS = 8  # hides the latency of network file systems; on a warm local cache one is enough
@@ -103,47 +103,28 @@ class LaneProcess:
 
     def _read_loop(self) -> None:
         with ThreadPoolExecutor(READ_THREADS) as pool:
+            reader = Reader(self.spec.source, pool, READ_THREADS, lambda: self.board.stopped)
             while (chunk := self._next_chunk()) is not None:
                 work = Work(chunk)
-                for batch in self._batches(work, pool):
+                for batch in self._batches(work, reader):
                     start = time.monotonic()
                     self.to_decode.put((work, batch))
                     self.tick.read_wait_s += time.monotonic() - start
                 self.to_decode.put((work, None))
 
-    def _batches(self, work: Work, pool: ThreadPoolExecutor) -> Iterator[Batch]:
+    def _batches(self, work: Work, reader: Reader) -> Iterator[Batch]:
         """Full batches of contents that nobody has computed yet; failed reads and copies get their outcome here."""
         size, rows = self.engine.card.batch, iter(work.chunk.rows)
         fresh: list[tuple[int, bytes]] = []
         while (group := list(islice(rows, size))) and not self.board.stopped:
-            fresh += self._fresh(work, group, self._read_all(group, pool))
+            fresh += self._fresh(work, group, reader.read_all(group))
             while len(fresh) >= size:
                 yield _batch(fresh[:size])
                 del fresh[:size]
         if fresh:
             yield _batch(fresh)
 
-    def _read_all(self, group: list[PendingItem], pool: ThreadPoolExecutor) -> list[tuple[bytes, bytes] | Failure]:
-        """One task for each thread, not for each row: with batches of 256 the bookkeeping took a third of the time."""
-        reads: dict[int, tuple[bytes, bytes] | Failure] = {}
-
-        def read_every(first: int) -> None:
-            for at in range(first, len(group), READ_THREADS):
-                reads[at] = self._read_one(group[at])
-
-        list(pool.map(read_every, range(READ_THREADS)))
-        return [reads[at] for at in range(len(group))]
-
-    def _read_one(self, row: PendingItem) -> tuple[bytes, bytes] | Failure:
-        try:
-            encoded = self.spec.source.read(row.locator, row.size_bytes)
-        except BadImage as bad:
-            return bad.failure
-        return encoded, blake3(encoded).digest(length=16)
-
-    def _fresh(
-        self, work: Work, group: list[PendingItem], reads: list[tuple[bytes, bytes] | Failure]
-    ) -> list[tuple[int, bytes]]:
+    def _fresh(self, work: Work, group: list[PendingItem], reads: list[Read]) -> list[tuple[int, bytes]]:
         readable: list[tuple[int, bytes]] = []
         for row, read in zip(group, reads, strict=True):
             if isinstance(read, Failure):

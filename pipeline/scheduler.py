@@ -18,6 +18,7 @@ from dataclasses import dataclass, field, replace
 from multiprocessing.connection import wait
 
 from pipeline.batch import Reason
+from pipeline.history import Sample, Throughput
 from pipeline.lanes import (
     STOP_GRACE_S,
     TICK_S,
@@ -61,6 +62,8 @@ class Totals:
     quarantined_new: int = 0
     decoders: Counter[str] = field(default_factory=Counter)
     bound_s: defaultdict[str, float] = field(default_factory=lambda: defaultdict(float))  # by bound stage
+    throughput: Throughput = field(default_factory=Throughput)
+    sample: Sample = field(default_factory=Sample)  # of the embedded inputs
     engines: dict[str, str] = field(default_factory=dict)  # lane -> runtime and precision, and what became of it
 
 
@@ -83,6 +86,7 @@ class Sharing:
     claimed: dict[bytes, int] = field(default_factory=dict)  # content hash -> chunk that computes it
     accused: dict[str, tuple[PendingItem, Lane]] = field(default_factory=dict)  # lane -> what it died of, alone
     deaths: Counter[str] = field(default_factory=Counter)  # of each lane, since its last finished chunk
+    start_s: float = field(default_factory=time.monotonic)
     _left_before: int = sys.maxsize  # pending rows when this pass began
 
     def run(self) -> Totals:
@@ -174,6 +178,7 @@ class Sharing:
                 if message.seconds >= TICK_S:  # shorter ones end a chunk
                     lane.rows_per_s = message.rows / message.seconds
                 self.totals.bound_s[message.bound] += message.seconds
+                self.totals.throughput.add(message, time.monotonic() - self.start_s)
                 self.on_tick(lane, message, self.totals)
             case Ready():
                 self._welcome(lane, message)
@@ -198,6 +203,7 @@ class Sharing:
     def _commit(self, lane: Lane, done: Done) -> None:
         committed = self.store.commit_chunk(done.shard, done.outcomes)
         self.totals.embedded += committed.embedded
+        self.totals.sample.add(outcome.id for outcome in done.outcomes if outcome.status == "embedded")
         self.totals.copied += committed.copied
         self.totals.quarantined_new += committed.quarantined_new
         self.totals.decoders.update(done.decoders)

@@ -15,6 +15,9 @@ from PIL import Image
 from runs import index, run_module
 
 from pipeline.config import index_parser, search_parser
+from pipeline.duration import parse_duration, words
+from pipeline.nightly import nightly_parser
+from pipeline.status import status_parser
 
 ROOT = Path(__file__).resolve().parents[1]
 
@@ -26,14 +29,18 @@ def flags(parser: object) -> set[str]:
 def test_flags_change_only_on_purpose() -> None:
     assert flags(index_parser()) == {
         "-h", "--help", "--source", "--root", "--split", "--download", "--model", "--out", "--devices", "--runtime",
-        "--precision", "--max-quarantined", "--max-deleted", "--json",
+        "--precision", "--max-quarantined", "--max-deleted", "--retry", "--budget", "--keep", "--json",
     }
     assert flags(search_parser()) == {
         "-h", "--help", "--image", "--out", "-k", "--threshold", "--template", "--grid", "--json", "--model",
     }
+    assert flags(nightly_parser()) == {"-h", "--help", "--config", "--log", "--check"}
+    assert flags(status_parser()) == {"-h", "--help", "--out", "--json", "--ledger"}
 
 
-@pytest.mark.parametrize("module", ["pipeline.index", "pipeline.search", "engines.build", "export"])
+@pytest.mark.parametrize("module", [
+    "pipeline.index", "pipeline.search", "pipeline.nightly", "pipeline.status", "engines.build", "export",
+])
 def test_help_has_examples(module: str) -> None:
     ran = run_module(module, "--help")
     assert ran.code == 0
@@ -80,6 +87,8 @@ def test_make_engines_then_index_then_search(tmp_path: Path) -> None:
         (["--source", "folder", "--root", ".", "--devices", "gpu:0"], "--devices"),
         (["--source", "folder", "--root", ".", "--split", "val"], "--split"),
         (["--source", "folder", "--root", ".", "--max-deleted", "120"], "120"),
+        (["--source", "folder", "--root", ".", "--budget", "6 hours"], "write 90m, 6h or 1h30m"),
+        (["--source", "folder", "--root", ".", "--keep", "0"], "at least 1"),
     ],
 )
 def test_usage_errors_are_one_line_with_the_remedy(
@@ -92,6 +101,21 @@ def test_usage_errors_are_one_line_with_the_remedy(
     assert words in ran.report["error"]
     assert "\n" not in ran.report["error"]
     assert not (tmp_path / "index").exists()
+
+
+@pytest.mark.parametrize(
+    ("text", "seconds"),
+    [("90s", 90), ("90m", 5400), ("6h", 21600), ("1h30m", 5400), ("1d", 86400), ("1d2h3m4s", 93784)],
+)
+def test_durations_are_read_as_people_write_them(text: str, seconds: int) -> None:
+    assert parse_duration(text) == seconds
+    assert parse_duration(words(seconds)) == seconds
+
+
+@pytest.mark.parametrize("text", ["", "6", "0h", "1.5h", "-1h", "30m1h", "6 h", "6H", "9" * 5000 + "h", "400d", "٦h"])
+def test_what_is_no_duration_is_refused(text: str) -> None:
+    with pytest.raises(ValueError, match="write 90m, 6h or 1h30m"):
+        parse_duration(text)
 
 
 def test_a_named_runtime_that_was_not_built_is_an_error(tiny_model: Path, tmp_path: Path) -> None:

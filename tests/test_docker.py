@@ -46,7 +46,7 @@ def test_a_target_runs_unprivileged_answers_for_its_health_and_has_one_cuda_lane
 def test_the_gpu_image_asks_for_the_jpeg_engine() -> None:
     (line,) = [line for line in stages()["gpu"] if "NVIDIA_DRIVER_CAPABILITIES" in line]
     assert "NVIDIA_DRIVER_CAPABILITIES=compute,utility,video" in line
-    devices = COMPOSE["services"]["index-gpu"]["deploy"]["resources"]["reservations"]["devices"]
+    devices = COMPOSE["services"]["nightly-gpu"]["deploy"]["resources"]["reservations"]["devices"]
     assert {"gpu", "compute", "utility", "video"} <= set(devices[0]["capabilities"])
 
 

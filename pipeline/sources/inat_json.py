@@ -60,7 +60,16 @@ class Annotations:
             self._database.executescript("PRAGMA journal_mode = OFF; PRAGMA synchronous = OFF;" + _SCHEMA)
             with place.open(name) as file:
                 self._load(file)
-        except (ValueError, KeyError, TypeError, AttributeError, OSError, sqlite3.Error) as error:
+        except (
+            ValueError,
+            KeyError,
+            TypeError,
+            AttributeError,
+            OverflowError,
+            RecursionError,
+            OSError,
+            sqlite3.Error,
+        ) as error:  # whatever a record of another form leads to
             self._database.close()
             raise SourceError(
                 f"{self._uri} cannot be used ({type(error).__name__}: {error}); fetch it again with --download, "

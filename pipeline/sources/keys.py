@@ -7,6 +7,7 @@ Costs 0.3 us for a plain name, 4 us for one with escapes.
 
 from __future__ import annotations
 
+import logging
 import re
 from collections.abc import Mapping
 from datetime import date
@@ -14,6 +15,11 @@ from decimal import Decimal
 
 from pipeline.batch import MetadataValue
 
+log = logging.getLogger(__name__)
+
+MAX_FIELDS = 256
+MAX_NAME_BYTES = 256
+MAX_TEXT = 64 << 10  # characters
 # What surrogateescape makes of an invalid byte, plus the two characters that are escaped although they are valid.
 _TO_ESCAPE = re.compile("[%\0\udc80-\udcff]")
 _ESCAPE = re.compile(rb"%(.{0,2})", re.DOTALL)
@@ -48,11 +54,21 @@ def clean_text(text: str) -> str:
 
 
 def clean_metadata(values: Mapping[str, object]) -> dict[str, MetadataValue]:
-    """The scalars of a record. Absent, nested and binary values are dropped: a column holds one value per picture."""
+    """The scalars of a record. Absent, nested and binary values are dropped: a column holds one value per picture.
+
+    Every name becomes a column of the whole index, so a record has at most `MAX_FIELDS` of them, with names of at most
+    `MAX_NAME_BYTES`; what is above is dropped, and said. Longer texts than `MAX_TEXT` characters are cut.
+    """
     clean: dict[str, MetadataValue] = {}
     for name, value in values.items():
+        if len(clean) == MAX_FIELDS or len(name.encode(errors="replace")) > MAX_NAME_BYTES:
+            log.warning("a record has %d fields; those past %d, or with endless names, are left out, such as %r",
+                        len(values), MAX_FIELDS, name[:40])  # fmt: skip
+            if len(clean) == MAX_FIELDS:
+                break
+            continue
         if isinstance(value, str):
-            clean[clean_text(name)] = clean_text(value)
+            clean[clean_text(name)] = clean_text(value[:MAX_TEXT])
         elif isinstance(value, bool):
             clean[clean_text(name)] = int(value)
         elif isinstance(value, float):

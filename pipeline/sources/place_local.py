@@ -86,7 +86,9 @@ class LocalPlace:
         if hidden or odd:
             log.info(
                 "%s: left out %d hidden folders and %d pipes, sockets, devices or links back up",
-                self.uri(under), hidden, odd,
+                self.uri(under),
+                hidden,
+                odd,
             )
 
     def head(self, name: bytes, count: int) -> bytes | None:

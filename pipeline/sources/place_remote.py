@@ -21,7 +21,15 @@ log = logging.getLogger(__name__)
 
 # What file systems call it, the surest first.
 _EVIDENCE = (
-    "ETag", "etag", "md5Hash", "LastModified", "Last-Modified", "last_modified", "updated", "mtime", "modified",
+    "ETag",
+    "etag",
+    "md5Hash",
+    "LastModified",
+    "Last-Modified",
+    "last_modified",
+    "updated",
+    "mtime",
+    "modified",
     "created",
 )
 
@@ -74,7 +82,8 @@ class RemotePlace:
         if without_evidence:
             log.warning(
                 "%s: the server tells neither etag nor date of %d files, so each run reads them again",
-                self._root, without_evidence,
+                self._root,
+                without_evidence,
             )
 
     def _entries(self, folder: bytes) -> list[tuple[bytes, dict[str, Any]] | Damage]:

@@ -8,6 +8,7 @@ are no UTF-8), everything else through fsspec.
 from __future__ import annotations
 
 import os
+import re
 from collections.abc import Iterator
 from functools import lru_cache
 from hashlib import blake2b
@@ -16,6 +17,7 @@ from typing import BinaryIO, NamedTuple, Protocol
 from pipeline.sources import Damage, SourceError
 
 MAX_READ_BYTES = 2 << 30  # no picture file is larger; a mistaken 40 GB file must not take the memory with it
+_QUERY = re.compile(r"[?&]([\w.-]+)=")  # "?" alone is a wildcard
 UNKNOWN = "unknown-"  # begins the etag of a file whose server tells neither etag nor date: equal to no other etag
 
 
@@ -60,6 +62,7 @@ def is_url(root: str) -> bool:
 def canonical_root(root: str) -> str:
     """Absolute path or URL without a slash at its end. Links stay: a root may be a link that is moved on."""
     if is_url(root):
+        _refuse_secrets(root)
         return root.rstrip("/")
     path = os.path.abspath(os.path.expanduser(root.removeprefix("file://")))
     try:
@@ -67,6 +70,23 @@ def canonical_root(root: str) -> str:
     except UnicodeEncodeError:
         raise SourceError(f"root {path!r} is not valid UTF-8; rename the folder or link to it") from None
     return path
+
+
+def _refuse_secrets(url: str) -> None:
+    """A root is printed, logged and stored in every generation, which other people read: no password may be in it."""
+    scheme, _, rest = url.partition("://")
+    user, at, host = rest.partition("/")[0].rpartition("@")
+    if ":" in user or (at and not user):
+        raise SourceError(
+            f"root {scheme}://***@{host}/... has a password in it, and a root is stored in the index; leave it out and "
+            f"set FSSPEC_{scheme.upper()}_USERNAME and FSSPEC_{scheme.upper()}_PASSWORD, or what fsspec's {scheme} "
+            "file system takes"
+        )
+    if query := _QUERY.search(rest):
+        raise SourceError(
+            f"root {scheme}://{host}/... has a query in it ({query[1]}=***), which may be a signature, and a root is "
+            f"stored in the index; leave it out and give the access by the environment, such as FSSPEC_{scheme.upper()}"
+        )
 
 
 @lru_cache(maxsize=8)

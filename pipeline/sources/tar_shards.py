@@ -11,11 +11,12 @@ from __future__ import annotations
 
 import json
 import logging
+import re
 import tarfile
 from collections import Counter
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
-from typing import BinaryIO, ClassVar, NamedTuple, Self
+from typing import BinaryIO, ClassVar, NamedTuple, Self, cast
 
 from pipeline.batch import BadImage, Item, MetadataValue
 from pipeline.sources import Damage, SourceError
@@ -29,6 +30,9 @@ log = logging.getLogger(__name__)
 SIDECARS = frozenset({b"json", b"txt", b"cls"})
 MAX_SIDECAR_BYTES = 1 << 20
 MAX_SAMPLE_MEMBERS = 1_000  # bounds memory when thousands of neighbours share everything up to the first dot
+MAX_HEADER_BYTES = 256 << 10  # of one member, extended headers included; a name and its attributes take a few KB
+# tarfile searches extended headers for records that begin with digits, in time quadratic in a run of them.
+_ENDLESS_NUMBER = re.compile(rb"\d{1024}")
 _COMPRESSED = (".gz", ".tgz", ".bz2", ".xz", ".zst")
 
 
@@ -72,14 +76,36 @@ class TarShards(ContainerSource):
         return place_at(self.folder).read_part(name, start, size_bytes, etag_digest)
 
 
+class _Headers:
+    """What tarfile reads of a tar: headers only, so much for each member. It would believe a header of any length."""
+
+    def __init__(self, file: BinaryIO) -> None:
+        self._file, self.left_bytes = file, MAX_HEADER_BYTES
+        self.seek, self.tell = file.seek, file.tell
+
+    def read(self, size: int) -> bytes:
+        if not 0 <= size <= self.left_bytes:
+            raise tarfile.ReadError(f"a member's header takes more than {MAX_HEADER_BYTES} bytes")
+        self.left_bytes -= size
+        content = self._file.read(size)
+        if _ENDLESS_NUMBER.search(content):
+            raise tarfile.ReadError("a header holds a number of a thousand digits")
+        return content
+
+
 def _members(file: BinaryIO, shard: str) -> Iterator[_Member | Damage]:
     """Pictures and sidecars in order. A break of any kind, and a name that comes twice, is a `Damage`."""
     left_out: Counter[str] = Counter()
     names: set[bytes] = set()
+    headers, last_offset = _Headers(file), -1
     try:
-        with tarfile.open(fileobj=file, mode="r:") as tar:
+        with tarfile.open(fileobj=cast(BinaryIO, headers), mode="r:") as tar:
             while (entry := tar.next()) is not None:
                 tar.members = []  # type: ignore[attr-defined]  # tarfile would keep all of them, 1 KB each
+                headers.left_bytes = MAX_HEADER_BYTES
+                if entry.size < 0 or tar.offset <= last_offset:  # a size below zero would lead it round in circles
+                    raise tarfile.ReadError(f"member {entry.name[:100]!r} says it has {entry.size} bytes")
+                last_offset = tar.offset
                 name = entry.name.encode(errors="surrogateescape")
                 kind = extension(name)
                 if not entry.isreg() or kind not in PICTURES | SIDECARS:
@@ -136,7 +162,7 @@ def _metadata(picture: _Member, sample: list[_Member], shard: str) -> dict[str, 
         else:
             try:
                 record = json.loads(member.content)
-            except ValueError as error:
+            except (ValueError, RecursionError) as error:  # deep nesting
                 name = encode_key(member.name)
                 log.warning("%s/%s is no valid JSON, so its picture lacks metadata: %s", shard, name, error)
                 continue

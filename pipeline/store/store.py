@@ -163,6 +163,15 @@ class Store:
     def finish_listing(self) -> int:
         return self.listing.finish()
 
+    def retry(self, reasons: Sequence[Reason]) -> int:
+        """Quarantined inputs of this scope that are tried once more in this run; returns how many.
+
+        They keep their reason until they have an outcome, so that one that fails again for it is not news.
+        """
+        sql = "UPDATE input SET status = 'pending' WHERE scope = ? AND status = 'quarantined' AND reason = ?"
+        with transaction(self._db):
+            return self._db.executemany(sql, ((self.listing.scope, reason) for reason in set(reasons))).rowcount
+
     # --- the work and its results
 
     def pending(self, limit: int, after_id: int = 0) -> list[PendingItem]:
@@ -242,7 +251,9 @@ class Store:
             f"WHERE id = ? AND {PENDING}",
             ((bad.reason, clean_text(bad.words), bad.reason, bad.content_hash, bad.id) for bad in outcomes),
         ).rowcount
-        lost = any(content for _, content in before) and any(bad.reason != "read_error" for bad in outcomes)
+        # One that was bad before, and is tried again, was not shown.
+        shown = any(content and reason in ("", "read_error") for reason, content in before)
+        lost = shown and any(bad.reason != "read_error" for bad in outcomes)
         return count, sum(reason == "" for reason, _ in before), lost
 
     # --- what is there

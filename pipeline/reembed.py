@@ -1,0 +1,215 @@
+"""Rows of a published generation, embedded again from their pictures and compared with what is stored.
+
+The road is that of a run: the source reads, the stages of a CPU lane decode and resize, an engine gives vectors. Which
+engine made a row is not stored, so rows are judged by the parity contract across devices (docs/design.md, section 6):
+error in units of the spread of the golden vectors, for which every engine of the artifact has passed its own bar. Rows
+with the same bits are counted: on the host and with the engine that made them, that should be all of them.
+"""
+
+from __future__ import annotations
+
+import json
+import logging
+import os
+import time
+from collections import deque
+from collections.abc import Iterator
+from concurrent.futures import ThreadPoolExecutor
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Literal
+
+import numpy as np
+import numpy.typing as npt
+
+from engines import Engine
+from engines.gate import SPREAD_ERROR_MAX, golden
+from engines.hardware import physical_cores
+from engines.spec import Artifact, Precision
+from pipeline.batch import BadImage, Batch
+from pipeline.devices import open_lane_engine, open_stages
+from pipeline.lanes import ENGINE_SLOTS_MAX, Board, LaneSpec
+from pipeline.sources import Source, open_source
+from pipeline.store import Generation, Picture, Scope, content_hash
+
+log = logging.getLogger("nightjar")
+
+STORED_ERROR = 0.01  # float16 keeps 11 bits: in units of the spread of a set of similar vectors, up to this
+# The bar of an engine is on the mean; no golden row is three times the mean away, and a vector of another picture is
+# about 1.4 spreads away.
+ROW_FACTOR = 3.0
+READ_THREADS = 8
+GROUP_ROWS = 4096  # whose keys, places and vectors are held at once
+LINE_S = 10.0  # between two lines of progress
+
+
+@dataclass(frozen=True, slots=True)
+class Off:
+    """A row that is not what its picture gives."""
+
+    row: int  # of index.h5
+    key: str
+    content_hash: bytes
+    words: str
+
+
+@dataclass(slots=True)
+class Comparison:
+    """What became of the rows: rows = compared + changed + unreadable. Errors are in spreads."""
+
+    engine: str
+    rows: int
+    error_allowed: float  # of the mean
+    row_error_allowed: float
+    compared: int = 0
+    same_bits: int = 0
+    changed: int = 0  # the file holds other bytes now: the next run embeds them
+    unreadable: int = 0
+    error: float = 0.0  # mean of the compared rows that are not off
+    off: list[Off] = field(default_factory=list)
+
+
+@dataclass(slots=True)
+class _Group:
+    """Some rows of the generation and what is stored for them."""
+
+    rows: npt.NDArray[np.int64]
+    keys: list[str]
+    pictures: list[Picture]
+    hashes: list[bytes]
+    stored_nd: npt.NDArray[np.float16]
+
+
+def compare(
+    generation: Generation,
+    artifact: Artifact,
+    rows: npt.NDArray[np.int64],
+    runtime: str,
+    precision: Precision | Literal["auto"],
+) -> Comparison:
+    """Embed `rows` of index.h5 again, on the CPU of this host.
+
+    Raises:
+        SourceError: a source of the generation is not there. EngineUnavailable: no such engine for this host.
+    """
+    sources = {_name(scope): _open(scope) for scope in generation.sources.values()}
+    threads = physical_cores()
+    spec = LaneSpec(
+        name="verify", device="cpu", source=next(iter(sources.values())), artifact_path=artifact.path,
+        preprocess=artifact.spec.preprocess, runtime=runtime, precision=precision, engine_threads=threads,
+        decode_threads=threads, space=artifact.spec.space, log_path=Path(os.devnull),
+    )  # fmt: skip
+    engine, board = open_lane_engine(spec), Board(threads + ENGINE_SLOTS_MAX)
+    stages = open_stages(spec, board, engine)
+    made_by: list[Precision] = [card.precision for _, card in artifact.cards() if card.tower == "vision"]
+    # Another host may have made a row with an engine that was not built here; none but int8 is less exact than bf16.
+    allowed = max(SPREAD_ERROR_MAX[p] for p in [*made_by, "bf16"]) + SPREAD_ERROR_MAX[engine.card.precision]
+    allowed += STORED_ERROR
+    found = Comparison(
+        f"{engine.card.runtime} {engine.card.precision}", len(rows), allowed, ROW_FACTOR * allowed
+    )  # fmt: skip
+    spread, errors, line_s = golden_spread(artifact), 0.0, time.monotonic()
+    with ThreadPoolExecutor(READ_THREADS) as pool:
+        for first in range(0, len(rows), GROUP_ROWS):
+            group = _group(generation, rows[first : first + GROUP_ROWS])
+            batches = _batches(group, sources, engine.card.batch, pool, found)
+            for batch in _embed(engine, stages, batches):
+                errors += _judge(group, batch, spread, found)
+                if time.monotonic() - line_s >= LINE_S:
+                    line_s = time.monotonic()
+                    log.info("embedded again: %s of %s rows", f"{first + int(batch.ids.max()):,}", f"{len(rows):,}")
+    stages.close()
+    found.error = errors / max(1, found.compared - len(found.off))
+    return found
+
+
+def golden_spread(artifact: Artifact) -> float:
+    """Mean distance of the golden vectors from their centre: the unit in which engines passed their bars."""
+    vectors_nd = golden(artifact, "vision")[1]
+    return float(np.linalg.norm(vectors_nd - vectors_nd.mean(axis=0), axis=1).mean())
+
+
+def _name(scope: Scope) -> str:
+    return json.dumps([scope.kind, scope.root, dict(scope.options)], sort_keys=True)
+
+
+def _open(scope: Scope) -> Source:
+    return open_source(scope.kind, scope.root, split=scope.options.get("split"))
+
+
+def _group(generation: Generation, rows: npt.NDArray[np.int64]) -> _Group:
+    return _Group(
+        rows, generation.keys(rows), generation.pictures(rows), generation.content_hashes(rows),
+        generation.vectors(rows),
+    )  # fmt: skip
+
+
+def _batches(
+    group: _Group, sources: dict[str, Source], size: int, pool: ThreadPoolExecutor, found: Comparison
+) -> Iterator[Batch]:
+    """Full batches of the pictures that still have their bytes; their ids are places in the group."""
+
+    def read(picture: Picture) -> bytes | None:
+        try:
+            return sources[_name(picture.source)].read(picture.locator, picture.size_bytes)
+        except BadImage:
+            return None
+
+    fresh: list[tuple[int, bytes]] = []
+    for first in range(0, len(group.rows), size):
+        for at, encoded in enumerate(pool.map(read, group.pictures[first : first + size]), first):
+            if encoded is None:
+                found.unreadable += 1
+            elif content_hash(encoded) != group.hashes[at]:
+                found.changed += 1
+            else:
+                fresh.append((at, encoded))
+        while len(fresh) >= size:
+            yield _batch(fresh[:size])
+            del fresh[:size]
+    if fresh:
+        yield _batch(fresh)
+
+
+def _batch(fresh: list[tuple[int, bytes]]) -> Batch:
+    return Batch(ids=np.array([at for at, _ in fresh], np.int64), encoded=[encoded for _, encoded in fresh])
+
+
+def _embed(engine: Engine, stages: object, batches: Iterator[Batch]) -> Iterator[Batch]:
+    """The next batch is read and decoded while the engine has one."""
+    assert callable(stages)
+    running: deque[Batch] = deque()
+    for turn, batch in enumerate(batches):
+        batch.slot = turn % engine.slots
+        batch = stages(batch, engine.input(batch.slot))
+        engine.launch(batch.slot, len(batch.ids))
+        running.append(batch)
+        if len(running) == min(2, engine.slots):
+            yield _settle(engine, running.popleft())
+    while running:
+        yield _settle(engine, running.popleft())
+
+
+def _settle(engine: Engine, batch: Batch) -> Batch:
+    batch.emb_nd = engine.result(batch.slot)
+    return batch
+
+
+def _judge(group: _Group, batch: Batch, spread: float, found: Comparison) -> float:
+    """Adds a batch to what was found; the sum of its errors, without the rows that are off."""
+    assert batch.emb_nd is not None
+    got, stored = batch.emb_nd, group.stored_nd[batch.ids]
+    found.compared += len(got)
+    found.same_bits += int(np.count_nonzero((got.view(np.uint16) == stored.view(np.uint16)).all(axis=1)))
+    errors = np.linalg.norm(got.astype(np.float32) - stored.astype(np.float32), axis=1) / spread
+    total = 0.0
+    for place, at in enumerate(batch.ids.tolist()):
+        if place in batch.failed:
+            words = f"does not decode any more: {batch.failed[place].reason}, {batch.failed[place].words}"
+        elif not errors[place] <= found.row_error_allowed:  # this way round, so that NaN is off
+            words = f"error/spread {errors[place]:.3f}"
+        else:
+            total += float(errors[place])
+            continue
+        found.off.append(Off(int(group.rows[at]), group.keys[at], group.hashes[at], words))
+    return total

@@ -1,0 +1,224 @@
+"""`python -m pipeline.status`: what an index holds, what it could not take in and why, and what its last runs did.
+
+Works while a run is going on, and shows the state of its last commit. Takes no lock and writes nothing.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import logging
+import shlex
+import sqlite3
+import sys
+from collections.abc import Iterator, Sequence
+from datetime import datetime
+from pathlib import Path
+from typing import Any
+
+from rich.console import Console
+from rich.markup import escape
+from rich.table import Table
+
+from pipeline.config import UsageError, only_index_here
+from pipeline.exits import DONE, FAILED, USAGE
+from pipeline.generations import Kept, kept_generations
+from pipeline.run_reports import read_report
+from pipeline.store import NoIndex, StoreError
+from pipeline.store.ledger import Entry, SourceState, Stock, quarantine_ledger, take_stock
+
+log = logging.getLogger("nightjar")
+
+SCHEMA = 1
+STATES = ("embedded", "pending", "quarantined", "deleted")
+EXAMPLES_PER_REASON, RUNS_SHOWN = 3, 5
+EXAMPLES = """examples:
+  python -m pipeline.status --out inat2021-index
+  python -m pipeline.status --out inat2021-index --json
+  python -m pipeline.status --out inat2021-index --ledger > quarantine.jsonl
+
+exit codes: 0 done, 1 failed, 2 usage"""
+
+
+def status_parser() -> argparse.ArgumentParser:
+    parser = argparse.ArgumentParser(
+        prog="python -m pipeline.status", description="What an index holds, what it lacks and why.", epilog=EXAMPLES,
+        formatter_class=argparse.RawDescriptionHelpFormatter, allow_abbrev=False,
+    )  # fmt: skip
+    parser.add_argument("--out", type=Path, help="the index (default: the only ./*-index here)")
+    parser.add_argument("--json", action="store_true", help="one JSON object instead of tables")
+    parser.add_argument(
+        "--ledger", action="store_true", help="one JSON line for each quarantined picture, nothing else"
+    )
+    return parser
+
+
+def status(index: Path) -> dict[str, Any]:
+    """Everything that is shown, as it goes into the JSON.
+
+    Raises:
+        NoIndex: nothing was ever indexed there. sqlite3.Error, StoreError, OSError: what is there cannot be read.
+    """
+    stock = take_stock(index, examples=EXAMPLES_PER_REASON, runs=RUNS_SHOWN)
+    kept = _kept(index)
+    shown = next((one for one in kept if one.shown), None)
+    return {
+        "schema": SCHEMA,
+        "index": str(index),
+        "running": writer(index),
+        "generation": shown and {"number": shown.number, "published": shown.published, "rows": shown.rows,
+                                 "model": shown.model, "pinned": stock.pinned is not None},
+        "generations": [one.number for one in kept],
+        "bytes": {part: _bytes(index, part) for part in ("manifest", "shards", "segments", "generations")},
+        "sources": [_source(index, source, stock, shown) for source in stock.sources],
+        "runs": _runs(index, stock),
+    }  # fmt: skip
+
+
+def writer(index: Path) -> int | None:
+    """Process that writes to the index now. Told by the kernel's list of locks: asking for the lock, even for a moment,
+    could turn a run away that starts in that moment."""
+    try:
+        inode = (index / "lock").stat().st_ino
+        locks = Path("/proc/locks").read_text().splitlines()
+    except FileNotFoundError:
+        return None
+    for line in locks:
+        match line.split():
+            case [_, "FLOCK", _, "WRITE", pid, place, *_] if place.rpartition(":")[2] == str(inode):
+                return int(pid)
+    return None
+
+
+def _kept(index: Path) -> list[Kept]:
+    try:
+        return kept_generations(index)
+    except NoIndex:  # a first run that has not published yet
+        return []
+
+
+def _bytes(index: Path, part: str) -> int:
+    total = 0
+    for path in index.glob("manifest.sqlite*" if part == "manifest" else f"{part}/**/*"):
+        try:
+            total += path.lstat().st_size if not path.is_symlink() and path.is_file() else 0
+        except FileNotFoundError:  # a run is going on, and has just deleted it
+            continue
+    return total
+
+
+def _source(index: Path, source: SourceState, stock: Stock, shown: Kept | None) -> dict[str, Any]:
+    ours = [entry for entry in stock.examples if entry.source == source.number]
+    command = ["python", "-m", "pipeline.index", "--source", source.kind, "--root", source.root]
+    command += [word for name, value in source.options.items() for word in (f"--{name}", str(value))]
+    command += ["--out", str(index)] + (["--model", shown.model] if shown else [])
+    return {
+        "kind": source.kind, "root": source.root, "options": source.options,
+        "embedded": source.embedded, "pending": source.pending, "quarantined": source.quarantined,
+        "deleted": source.deleted,
+        "reasons": {
+            reason: {
+                "count": count, "examples": [_as_json(entry) for entry in ours if entry.reason == reason],
+                "retry": shlex.join([*command, "--retry", reason]),
+            }
+            for reason, count in source.reasons.items()
+        },
+    }  # fmt: skip
+
+
+def _runs(index: Path, stock: Stock) -> list[dict[str, Any]]:
+    roots = {source.number: source.root for source in stock.sources}
+    runs = []
+    for start in stock.runs:
+        report = read_report(index, start.run) or {}
+        told = {name: report.get(name) for name in ("exit", "seconds", "embedded", "quarantined_new", "deleted")}
+        runs.append({"run": start.run, "root": roots[start.source], "started": _time(start.started_s), **told})
+    return runs
+
+
+def _as_json(entry: Entry) -> dict[str, Any]:
+    told = entry._asdict()
+    seen = {name: _time(told.pop(f"{name}_s")) for name in ("first_seen", "last_seen")}
+    return told | seen
+
+
+def _time(seconds: int) -> str:
+    return datetime.fromtimestamp(seconds).astimezone().isoformat(timespec="seconds")
+
+
+def _print(found: dict[str, Any]) -> None:
+    console = Console(highlight=False)
+    console.print(f"[bold]{escape(found['index'])}[/]", *_headline(found), sep="\n  ")
+    table = Table("source")
+    for state in STATES:
+        table.add_column(state, justify="right")
+    for source in found["sources"]:
+        table.add_row(escape(_name(source)), *(f"{source[state]:,}" for state in STATES))
+    console.print(table)
+    for source in found["sources"]:
+        for reason, told in source["reasons"].items():
+            console.print(f"[bold]{reason}[/] {told['count']:,} of {escape(_name(source))}")
+            for entry in told["examples"]:
+                tried = f"tried {entry['attempts']} times" if entry["attempts"] > 1 else "tried once"
+                console.print(f"  {escape(printable(entry['key']))}: {escape(printable(entry['words']))} ({tried})")
+            console.print(f"  try again: {escape(told['retry'])}", soft_wrap=True)
+    for run in found["runs"]:
+        console.print(escape(_run_line(run, found["running"])), soft_wrap=True)
+
+
+def _headline(found: dict[str, Any]) -> Iterator[str]:
+    shown = found["generation"]
+    if shown is None:
+        yield "no generation is published yet"
+    else:
+        pinned = ", chosen by hand" if shown["pinned"] else ""
+        head = f"generation {shown['number']} of {shown['published']}{pinned}"
+        yield f"{head}: {shown['rows']:,} pictures, {shown['model']}"
+    yield ", ".join(f"{part} {size / 1e6:,.1f} MB" for part, size in found["bytes"].items())
+    if found["running"] is not None:
+        yield f"a run is going on (process {found['running']})"
+
+
+def _run_line(run: dict[str, Any], running: int | None) -> str:
+    head = f"run {run['run']} {run['started']} {run['root']}: "
+    if run["exit"] is None:
+        return head + ("no report" if running is None else "no report yet")
+    return head + (
+        f"exit {run['exit']}, {run['embedded']:,} embedded, {run['quarantined_new']:,} newly quarantined, "
+        f"{run['deleted']:,} deleted in {run['seconds']:,.0f} s"
+    )
+
+
+def _name(source: dict[str, Any]) -> str:
+    options = "".join(f" {name} {value}" for name, value in source["options"].items())
+    return f"{source['kind']} {source['root']}{options}"
+
+
+def printable(text: str) -> str:
+    """On one line and without what would speak to the terminal: names and decoders' words are anybody's."""
+    return "".join(char if char.isprintable() else ascii(char)[1:-1] for char in text)
+
+
+def main(argv: Sequence[str] | None = None) -> int:
+    logging.basicConfig(level=logging.INFO, format="%(message)s", stream=sys.stderr)
+    args = status_parser().parse_args(argv)
+    try:
+        index = args.out or only_index_here()
+        if args.ledger:
+            for entry in quarantine_ledger(index):
+                print(json.dumps(_as_json(entry)))
+        elif args.json:
+            print(json.dumps(status(index)))
+        else:
+            _print(status(index))
+    except (UsageError, NoIndex) as error:
+        log.error("error: %s", error)
+        return USAGE
+    except (StoreError, OSError, sqlite3.Error) as error:
+        log.error("error: %s", error)
+        return FAILED
+    return DONE
+
+
+if __name__ == "__main__":
+    sys.exit(main())

@@ -1,0 +1,176 @@
+"""Small JPEGs of pictures, broken ones too, made in a child process: bytes that no decoder could read are hostile.
+
+    with Thumbnails() as thumbnails:
+        jpegs = [thumbnails.make(request) for request in requests]      # bytes, or why there is none
+
+The child reads and decodes, with limits on its memory and on the time of each picture; when it dies or hangs, that
+picture has no thumbnail and the next one gets a new child. Only bytes come back from it, never objects.
+"""
+
+from __future__ import annotations
+
+import json
+import multiprocessing
+import resource
+import subprocess
+import sys
+import time
+from collections.abc import Mapping
+from contextlib import suppress
+from dataclasses import dataclass, field
+from io import BytesIO
+from multiprocessing.connection import Connection
+from types import TracebackType
+from typing import Any, NamedTuple
+from urllib.parse import quote_from_bytes, unquote_to_bytes
+
+from PIL import Image, ImageFile, ImageOps
+
+from pipeline.batch import BadImage
+from pipeline.decode_cpu import OPENERS
+from pipeline.headers import sniff
+from pipeline.sources import Source, SourceError, open_source
+
+EDGE_PX = 176  # shown at half of that on dense screens
+MEMORY_BYTES = 2 << 30  # of address space: libraries alone map 0.6 GB
+PICTURE_S, ALL_S = 5.0, 30.0  # a hang costs one picture, and many hangs cost no night
+START_S = 20.0  # imports on a busy machine
+ENCODED_BYTES_MAX = 64 << 20
+PIXELS_MAX = 100_000_000
+JPEG_QUALITY = 70
+
+
+class Request(NamedTuple):
+    """A picture as a source knows it; see `pipeline.store.Picture`."""
+
+    kind: str
+    root: str
+    options: Mapping[str, Any]
+    locator: bytes
+    size_bytes: int
+
+
+@dataclass(frozen=True, slots=True)
+class Thumbnail:
+    jpeg: bytes  # b"" where there is none
+    words: str  # then, why
+
+    def __bool__(self) -> bool:
+        return bool(self.jpeg)
+
+
+@dataclass
+class Thumbnails:
+    """The parent's side. A picture that was asked for before is not made again."""
+
+    _made: dict[str, Thumbnail] = field(default_factory=dict)
+    _left_s: float = ALL_S
+    _process: subprocess.Popen[bytes] | None = None
+    _conn: Connection | None = None
+
+    def __enter__(self) -> Thumbnails:
+        return self
+
+    def __exit__(self, kind: type[BaseException] | None, error: BaseException | None, tb: TracebackType | None) -> None:
+        self._stop()
+
+    def make(self, request: Request) -> Thumbnail:
+        line = json.dumps([*request[:2], dict(request.options), quote_from_bytes(request.locator), request.size_bytes])
+        made = self._made.get(line)
+        if made is None:
+            start = time.monotonic()
+            made = self._made[line] = self._ask(line)
+            self._left_s -= time.monotonic() - start
+        return made
+
+    def excuse(self) -> str:
+        """Why there is not one, where some were asked for."""
+        made = list(self._made.values())
+        return made[0].words if made and not any(made) else ""
+
+    def _ask(self, line: str) -> Thumbnail:
+        if self._left_s <= 0:
+            return Thumbnail(b"", "not tried: the time for thumbnails was spent on others")
+        try:
+            conn = self._conn or self._start()
+            conn.send_bytes(line.encode())
+            if conn.poll(min(PICTURE_S, self._left_s)):
+                status, _, answer = conn.recv_bytes().partition(b" ")
+                return Thumbnail(answer, "") if status == b"jpeg" else Thumbnail(b"", answer.decode(errors="replace"))
+            words = f"no picture after {PICTURE_S:g} s"
+        except (EOFError, OSError) as error:
+            words = f"its decoder process died ({type(error).__name__})"
+        self._stop()
+        return Thumbnail(b"", words)
+
+    def _start(self) -> Connection:
+        """A plain child, not one of multiprocessing: that would run the caller's main module again."""
+        self._conn, theirs = multiprocessing.Pipe()
+        with theirs:
+            command = [sys.executable, "-m", "pipeline.thumbnails", str(theirs.fileno())]
+            self._process = subprocess.Popen(command, pass_fds=[theirs.fileno()], stderr=subprocess.DEVNULL)
+        try:
+            if not self._conn.poll(START_S):
+                raise TimeoutError(f"no decoder process after {START_S:g} s")
+            self._conn.recv_bytes()
+        except (EOFError, OSError):
+            self._left_s = 0  # the next one would not start either
+            raise
+        return self._conn
+
+    def _stop(self) -> None:
+        if self._process is not None and self._conn is not None:
+            self._process.kill()
+            self._process.wait()
+            self._conn.close()
+        self._process = self._conn = None
+
+
+def _child(conn: Connection) -> None:
+    resource.setrlimit(resource.RLIMIT_AS, (MEMORY_BYTES, MEMORY_BYTES))
+    resource.setrlimit(resource.RLIMIT_CORE, (0, 0))
+    ImageFile.LOAD_TRUNCATED_IMAGES = True  # in this process alone: what decodes in part is shown in part
+    sources: dict[str, Source] = {}
+    conn.send_bytes(b"ready")
+    with suppress(EOFError, OSError):  # the parent has gone
+        while True:
+            kind, root, options, locator, size_bytes = json.loads(conn.recv_bytes())
+            place = json.dumps([kind, root, options])
+            try:
+                if place not in sources:
+                    sources[place] = open_source(kind, root, split=options.get("split"))
+                answer = b"jpeg " + _thumbnail(_read(sources[place], unquote_to_bytes(locator), size_bytes))
+            except (BadImage, SourceError, MemoryError) as error:
+                answer = f"none {error or 'it needs too much memory'}".encode()
+            conn.send_bytes(answer)
+
+
+def _read(source: Source, locator: bytes, size_bytes: int) -> bytes:
+    if size_bytes > ENCODED_BYTES_MAX:
+        raise BadImage("too_large", f"{size_bytes >> 20} MB; thumbnails are made of up to {ENCODED_BYTES_MAX >> 20} MB")
+    return source.read(locator, size_bytes)
+
+
+def _thumbnail(encoded: bytes) -> bytes:
+    """What can be seen of it, upright, as a JPEG without metadata."""
+    kind = sniff(encoded)
+    if kind is None or kind not in OPENERS:
+        raise BadImage("not_an_image", "no picture inside")
+    try:
+        with OPENERS[kind].open(BytesIO(encoded)) as picture:
+            if picture.width * picture.height > PIXELS_MAX:
+                raise BadImage("too_large", f"{picture.width} x {picture.height} pixels")
+            picture.draft("RGB", (2 * EDGE_PX, 2 * EDGE_PX))
+            upright: Image.Image = ImageOps.exif_transpose(picture).convert("RGB")
+        upright.thumbnail((EDGE_PX, EDGE_PX), Image.Resampling.BICUBIC)
+        out = BytesIO()
+        upright.save(out, "JPEG", quality=JPEG_QUALITY)
+    except (BadImage, MemoryError):
+        raise
+    except Exception as error:  # Pillow raises a dozen kinds on broken data
+        raise BadImage("corrupt", f"{type(error).__name__}: {error}") from error
+    return out.getvalue()
+
+
+if __name__ == "__main__":
+    _child(Connection(int(sys.argv[1])))

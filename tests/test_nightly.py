@@ -1,0 +1,323 @@
+"""Every night, unattended: many sources and one index, budgets, somebody is told, and damage never reaches a reader."""
+
+from __future__ import annotations
+
+import json
+import math
+import os
+import re
+import shlex
+import shutil
+import time
+from collections.abc import Iterator
+from contextlib import contextmanager
+from http.server import BaseHTTPRequestHandler, HTTPServer
+from pathlib import Path
+from threading import Thread
+from types import SimpleNamespace
+from typing import Any
+
+import pytest
+from pictures import noisy_jpeg, write_folder
+from prometheus_client.parser import text_string_to_metric_families
+from runs import Ran, index, run_module, vectors_by_key
+
+from pipeline import nightly
+from pipeline.config import Config, index_parser, parse_index
+from pipeline.exits import BUDGET_SPENT
+from pipeline.index import run
+from pipeline.metrics import write_metrics
+from pipeline.nightly_config import WebhookTable
+from pipeline.nightly_result import Tonight
+from pipeline.nightly_tell import post
+from pipeline.scheduler import LaneFailed
+from pipeline.stop import Stop
+from pipeline.store.files import take_lock
+
+
+@contextmanager
+def hook() -> Iterator[SimpleNamespace]:
+    """A server that keeps what is posted to it, and answers with `status`."""
+    told = SimpleNamespace(posts=[], status=204, url="")
+
+    class Handler(BaseHTTPRequestHandler):
+        def do_POST(self) -> None:
+            body = json.loads(self.rfile.read(int(self.headers["Content-Length"])))
+            told.posts.append((self.path, self.headers.get("X-Token"), body))
+            self.send_response(told.status)
+            self.send_header("Location", "/elsewhere")
+            self.end_headers()
+
+        def do_GET(self) -> None:
+            told.posts.append((self.path, self.headers.get("X-Token"), None))
+
+        def log_message(self, format: str, *args: object) -> None:
+            pass
+
+    with HTTPServer(("127.0.0.1", 0), Handler) as server:
+        Thread(target=server.serve_forever, kwargs={"poll_interval": 0.01}, daemon=True).start()
+        told.url = f"http://127.0.0.1:{server.server_address[1]}/secret-path"
+        yield told
+        server.shutdown()
+
+
+def night(folder: Path, env: dict[str, str] | None = None) -> Ran:
+    return run_module("pipeline.nightly", "--config", folder / "nightly.toml", env=env)
+
+
+def configure(folder: Path, model: Path, sources: list[str], more: str = "") -> None:
+    tables = "".join(f'[[source]]\nkind = "folder"\nroot = "{folder / name}"\n' for name in sources)
+    (folder / "nightly.toml").write_text(
+        f'[index]\nout = "{folder / "index"}"\nmodel = "{model}"\nbudget = "2h"\n'
+        f'[report]\nlog = "{folder / "log.jsonl"}"\nmetrics = "{folder / "night.prom"}"\npage = false\n{more}{tables}'
+    )
+
+
+def metrics(path: Path) -> dict[tuple[str, ...], float]:
+    """(name, *label values but the index) -> value, read by Prometheus's own parser."""
+    return {
+        (sample.name, *(value for label, value in sample.labels.items() if label != "index")): sample.value
+        for family in text_string_to_metric_families(path.read_text())
+        for sample in family.samples
+    }
+
+
+def test_nights_of_two_sources(tmp_path: Path, tiny_model: Path) -> None:
+    """Good, bad, failing, and good again: three nights as a scheduler sees them."""
+    a, b = tmp_path / "a", tmp_path / "b"
+    write_folder(a, 10)
+    write_folder(b / "more", 6, first_seed=50)
+    (b / "empty.jpg").write_bytes(b"")
+    with hook() as told:
+        webhook = f'[webhook]\nurl = "{told.url}"\nheader = "X-Token"\nheader_env = "HOOK_TOKEN"\ntimeout = "5s"\n'
+        configure(tmp_path, tiny_model, ["a", "b"], f'[verify]\nlevel = "sample"\nrows = 4\n{webhook}')
+        secret = {"HOOK_TOKEN": "s3cret-token"}
+
+        first = night(tmp_path, secret)
+        assert first.code == 0, first.stderr
+        report = first.report
+        assert [report[name] for name in ("inputs", "embedded", "quarantined", "generation")] == [17, 16, 1, 1]
+        assert [[one["inputs"], one["embedded"], one["run"]] for one in report["sources"]] == [[10, 10, 1], [7, 6, 2]]
+        for name in ("inputs", "embedded", "quarantined", "quarantined_new", "unchanged", "copied", "pending"):
+            assert report[name] == sum(one[name] for one in report["sources"]), name
+        assert report["inputs"] == sum(
+            report[name] for name in ("unchanged", "embedded", "copied", "quarantined", "pending")
+        )
+        assert told.posts == [], "nobody is woken by a good night"
+        good = metrics(tmp_path / "night.prom")
+        assert good["nightjar_exit_code",] == 0
+        assert good["nightjar_pictures", f"folder {b}", "quarantined"] == 1
+
+        # One root is not mounted, the other has a new picture: that one is searchable, and somebody is told.
+        shutil.move(b, tmp_path / "away")
+        (a / "new.jpg").write_bytes(noisy_jpeg(1000))
+        second = night(tmp_path, secret)
+        assert second.code == 2, second.stderr
+        assert (second.report["embedded"], second.report["generation"]) == (1, 2)
+        assert second.report["verify"]["level"] == "quick", "pictures of a source that is away cannot be compared"
+        assert [one["exit"] for one in second.report["sources"]] == [0, 2]
+        assert {"new.jpg", "even/00000.jpg"} <= vectors_by_key(tmp_path / "index").keys()
+        assert len(vectors_by_key(tmp_path / "index")) == 17, "what is not there tonight stays"
+        ((path, header, body),) = told.posts
+        assert (path, header) == ("/secret-path", "s3cret-token")
+        assert body["exit"] == 2
+        assert str(b) in body["text"]
+        bad = metrics(tmp_path / "night.prom")
+        assert bad["nightjar_exit_code",] == 2
+        assert bad["nightjar_source_exit_code", f"folder {b}"] == 2
+        assert bad["nightjar_last_run_timestamp_seconds",] > good["nightjar_last_run_timestamp_seconds",]
+        success = "nightjar_last_success_timestamp_seconds"
+        assert bad[success,] == good[success,], "a failure keeps the time of the last success"
+
+        # Mounted, but empty: that source keeps what it has. Its pictures cannot be compared, and that is no damage.
+        b.mkdir()
+        third = night(tmp_path, secret)
+        assert (third.code, third.report["generation"]) == (6, 2), third.stderr
+        assert "7 of 7 known pictures are gone" in third.report["sources"][1]["error"]
+        assert third.report["verify"]["sample"]["rows"] == 4
+        assert len(vectors_by_key(tmp_path / "index")) == 17
+
+        log = [json.loads(line) for line in (tmp_path / "log.jsonl").read_text().splitlines()]
+        assert [line["night"]["exit"] for line in log if "night" in line] == [0, 2, 6]
+        assert all({"time", "level", "message"} <= line.keys() for line in log)
+        shown = "".join([*(ran.stdout + ran.stderr for ran in (first, second, third)), json.dumps(log)])
+        assert "s3cret-token" not in shown
+        assert "secret-path" not in shown
+
+
+def test_damage_is_never_published(tmp_path: Path, tiny_model: Path) -> None:
+    write_folder(tmp_path / "a", 8)
+    configure(tmp_path, tiny_model, ["a"], '[verify]\nlevel = "quick"\n')
+    assert night(tmp_path).code == 0
+    (shard,) = (tmp_path / "index/shards").glob("*.h5")
+    damaged = bytearray(shard.read_bytes())
+    damaged[-100] ^= 4
+    shard.write_bytes(damaged)
+    (tmp_path / "a/new.jpg").write_bytes(noisy_jpeg(1000))
+    ran = night(tmp_path)
+    assert (ran.code, ran.report["generation"], ran.report["embedded"]) == (7, None, 1), ran.stderr
+    assert os.readlink(tmp_path / "index/current") == "generations/1"
+    assert "--repair" in ran.stderr
+    assert json.loads((tmp_path / "index/runs/2.json").read_text())["exit"] == 7
+
+
+def test_one_night_at_a_time(tmp_path: Path, tiny_model: Path) -> None:
+    write_folder(tmp_path / "a", 1)
+    configure(tmp_path, tiny_model, ["a"])
+    (tmp_path / "index").mkdir()
+    lock = take_lock(tmp_path / "index/lock")
+    ran = night(tmp_path)
+    os.close(lock)
+    assert ran.code == 4
+    assert metrics(tmp_path / "night.prom")["nightjar_exit_code",] == 4
+
+
+def test_check_says_what_would_run_and_writes_nothing(tmp_path: Path, tiny_model: Path) -> None:
+    write_folder(tmp_path / "a", 1)
+    configure(tmp_path, tiny_model, ["a", "missing"], '[webhook]\nurl = "https://hooks.example.org/secret-path"\n')
+    before = sorted(tmp_path.rglob("*"))
+    ran = run_module("pipeline.nightly", "--config", tmp_path / "nightly.toml", "--check")
+    assert ran.code == 2
+    assert re.search(r"CANNOT RUN: .*missing", ran.stdout)
+    assert "hooks.example.org" in ran.stdout
+    assert "secret-path" not in ran.stdout
+    commands = [line.strip() for line in ran.stdout.splitlines() if "pipeline.index" in line]
+    assert len(commands) == 2
+    for command in commands:
+        words = shlex.split(command)
+        assert words[:3] == ["python", "-m", "pipeline.index"]
+        assert index_parser().parse_args(words[3:]).out == tmp_path / "index"
+    assert sorted(tmp_path.rglob("*")) == before
+
+
+def test_a_fault_of_ours_is_told_too(tmp_path: Path, tiny_model: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    def fault(*args: object) -> None:
+        raise KeyError("a bug")
+
+    with hook() as told:
+        configure(tmp_path, tiny_model, ["a"], f'[webhook]\nurl = "{told.url}"\n')
+        monkeypatch.setattr(nightly, "run_night", fault)
+        assert nightly.main(["--config", str(tmp_path / "nightly.toml")]) == 1
+    assert "a bug" in told.posts[0][2]["text"]
+    assert "Traceback" in (tmp_path / "log.jsonl").read_text()
+
+
+def test_a_webhook_that_fails_is_logged_without_its_secrets(caplog: pytest.LogCaptureFixture) -> None:
+    facts = {"index": "i", "exit": 1, "words": "w"}
+    with hook() as told:
+        table = WebhookTable(url=told.url, timeout_s=5)
+        assert post(table, facts)
+        for told.status in (302, 500):
+            told.posts.clear()
+            assert not post(table, facts)
+            assert [path for path, _, _ in told.posts] == ["/secret-path"], "the header goes nowhere else"
+    assert not post(table, facts), "nobody listens any more"
+    assert [record.levelname for record in caplog.records] == ["ERROR"] * 3
+    assert "secret-path" not in caplog.text
+    assert "secret-path" not in repr(table)
+
+
+def test_metrics_are_replaced_in_one_step(tmp_path: Path) -> None:
+    facts = {"index": "i", "exit": 0, "seconds": 1.0, "phases_s": {}, "generation": None, "sources": []}
+    path = tmp_path / "night.prom"
+    write_metrics(path, facts)
+    with path.open() as old:
+        write_metrics(path, facts | {"exit": 1})
+        assert "exit_code" in old.read(), "who has the old file open reads all of it"
+    assert metrics(path)["nightjar_exit_code",] == 1
+    assert list(tmp_path.iterdir()) == [path]
+
+
+# ---- budgets ---------------------------------------------------------------------------------------------------------
+
+
+class SpentAfterAShard(Stop):
+    """Time is up once the first vectors of this run are on disk: what a clock does, without a clock."""
+
+    def __init__(self, out: Path) -> None:
+        super().__init__()
+        self.shards, self.before = out / "shards", len(list((out / "shards").glob("*.h5")))
+
+    def __call__(self) -> bool:
+        return len(list(self.shards.glob("*.h5"))) > self.before
+
+
+def config(root: Path, out: Path, model: Path) -> Config:
+    return parse_index(["--source", "folder", "--root", str(root), "--out", str(out), "--model", str(model), "--json"])
+
+
+def test_a_spent_budget_publishes_what_is_done_but_never_half_a_model(tmp_path: Path, tiny_model: Path) -> None:
+    from engines.build import main as make_engines
+    from export.random_model import write_random_model
+
+    photos, out = tmp_path / "photos", tmp_path / "index"
+    write_folder(photos, 200)
+    report = run(config(photos, out, tiny_model), SpentAfterAShard(out))
+    assert (report.exit, report.generation) == (BUDGET_SPENT, 1)
+    assert report.pending > 0
+    assert report.embedded + report.pending == 200
+    early = vectors_by_key(out)
+    assert len(early) == report.embedded > 0, "tonight's new pictures are visible"
+    ran = index(photos, out, "--model", tiny_model, "--budget", "1h")
+    assert (ran.code, ran.report["pending"], ran.report["embedded"]) == (0, 0, report.pending), ran.stderr
+    whole = vectors_by_key(out)
+    assert len(whole) == 200
+    assert early.items() <= whole.items()
+
+    second = write_random_model(tmp_path / "second", "tiny", seed=9)
+    assert make_engines(["--model", str(second), "--runtime", "ort-cpu"]) == 0
+    half = run(config(photos, out, second), SpentAfterAShard(out))
+    assert (half.exit, half.generation) == (BUDGET_SPENT, None)
+    assert half.pending > 0
+    assert vectors_by_key(out) == whole, "readers see all of the old model"
+    rest = run(config(photos, out, second), Stop())
+    assert (rest.exit, rest.generation, rest.embedded) == (0, 3, half.pending)
+    assert vectors_by_key(out).keys() == whole.keys()
+
+
+def test_time_for_publishing_is_kept_back(tmp_path: Path, tiny_model: Path) -> None:
+    """A budget that publishing alone would take gets nowhere, night after night: it is refused."""
+    write_folder(tmp_path / "photos", 1)
+    (tmp_path / "index/runs").mkdir(parents=True)
+    (tmp_path / "index/runs/7.json").write_text('{"phases_s": {"publishing": 100.0, "verifying": 20}}')
+    args = ("--model", tiny_model, "--budget")
+    ran = index(tmp_path / "photos", tmp_path / "index", *args, "2m")
+    assert ran.code == 2
+    assert "publishing is expected to take 2m30s" in ran.report["error"]
+    assert "at least 5m" in ran.report["error"]
+
+
+def test_a_deadline_stops_and_none_does_not() -> None:
+    stop = Stop()
+    assert not stop()
+    stop.deadline_s = time.monotonic() + 3600
+    assert not stop()
+    stop.deadline_s = time.monotonic()
+    assert stop()
+    assert not stop.requested, "what is done is published all the same"
+
+
+def test_sources_share_a_budget_and_the_one_that_lags_behind_comes_last(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def source(name: str) -> Any:
+        cfg = SimpleNamespace(out=tmp_path, source=SimpleNamespace(kind="folder", root=name, options={}))
+        return Tonight(SimpleNamespace(kind="folder", root=name, split=None), cfg)  # type: ignore[arg-type]
+
+    shares: dict[str, float] = {}
+    stop, seconds = Stop(), 900.0
+
+    def index_source(cfg: Any, store: object, stop: Stop) -> None:
+        shares[cfg.source.root] = stop.deadline_s - time.monotonic()
+        if cfg.source.root == "broken":
+            raise LaneFailed("no lane is left")
+
+    monkeypatch.setattr(nightly, "index_source", index_source)
+    monkeypatch.setattr(nightly, "pending_of", lambda index: {("folder", "behind"): 10_000})
+    sources = [source(name) for name in ("behind", "broken", "small")]
+    nightly.index_in_turn(sources, None, stop, time.monotonic() + seconds)  # type: ignore[arg-type]
+    assert list(shares) == ["broken", "small", "behind"]
+    assert shares == pytest.approx({"broken": 300, "small": 450, "behind": 900}, abs=5), "what is not used is passed on"
+    assert [one.error for one in sources] == ["", "no lane is left", ""]
+    nightly.index_in_turn(sources, None, stop, math.inf)  # type: ignore[arg-type]
+    assert shares["behind"] == math.inf

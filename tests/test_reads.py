@@ -1,0 +1,141 @@
+"""A network that stumbles costs nobody a picture, and one that is down costs no night."""
+
+from __future__ import annotations
+
+import errno
+import os
+import sys
+from collections import Counter
+from collections.abc import Callable
+from concurrent.futures import ThreadPoolExecutor
+from pathlib import Path
+from types import SimpleNamespace
+from typing import Any
+
+import aiohttp
+import pytest
+from fsspec.exceptions import FSTimeoutError
+
+from pipeline import reads
+from pipeline.batch import BadImage, Failure
+from pipeline.reads import Read, Reader, is_passing
+from pipeline.sources import open_source
+from pipeline.sources.places import words_of
+from pipeline.store import PendingItem, content_hash
+
+ROWS = [PendingItem(number, f"{number}.jpg", b"%d" % number, 0) for number in range(20)]
+
+
+class Flaky:
+    """A source whose row n fails `failures[n]` times before it comes."""
+
+    def __init__(self, failures: dict[int, int], error: BaseException) -> None:
+        self.failures, self.error, self.asked = Counter(failures), error, list[int]()
+
+    def read(self, locator: bytes, size_bytes: int) -> bytes:
+        number = int(locator)
+        self.asked.append(number)
+        if self.failures[number]:
+            self.failures[number] -= 1
+            raise BadImage("read_error", words_of(self.error)) from self.error
+        return b"bytes of %d" % number
+
+
+@pytest.fixture
+def waits(monkeypatch: pytest.MonkeyPatch) -> list[float]:
+    """What was waited, without the waiting."""
+    waited: list[float] = []
+    monkeypatch.setattr(reads, "sleep", waited.append)
+    return waited
+
+
+def read_all(source: object, stopped: Callable[[], bool] = lambda: False) -> list[Read]:
+    with ThreadPoolExecutor(4) as pool:
+        reader = Reader(source, pool, 4, stopped)  # type: ignore[arg-type]
+        return [read for start in range(0, len(ROWS), 10) for read in reader.read_all(ROWS[start : start + 10])]
+
+
+def failed(found: list[Read]) -> list[int]:
+    return [number for number, read in enumerate(found) if isinstance(read, Failure)]
+
+
+REQUEST: Any = SimpleNamespace(real_url="http://here/1.jpg")
+PASSING = [
+    OSError(errno.EIO, "x"), OSError(errno.ESTALE, "x"), OSError(errno.ETIMEDOUT, "x"), FSTimeoutError(),
+    ConnectionResetError(), aiohttp.ServerDisconnectedError(), aiohttp.ClientPayloadError(),
+    aiohttp.ClientResponseError(REQUEST, (), status=503),
+]  # fmt: skip
+LASTING = [
+    OSError(errno.ENOENT, "x"), OSError(errno.EACCES, "x"), OSError(errno.ELOOP, "x"), ValueError("x"),
+    aiohttp.ClientResponseError(REQUEST, (), status=404),
+]  # fmt: skip
+
+
+@pytest.mark.parametrize("error", PASSING, ids=repr)
+def test_a_stumble_is_read_again(error: Exception, waits: list[float]) -> None:
+    source = Flaky({3: 1, 17: 3}, error)
+    found = read_all(source)
+    assert failed(found) == []
+    assert found[3] == (b"bytes of 3", content_hash(b"bytes of 3"))
+    assert Counter(source.asked) == Counter({**dict.fromkeys(range(20), 1), 3: 2, 17: 4})
+    assert source.asked[10] == 3, "after all others of its batch"
+    assert 1.0 <= sum(waits) <= 1.6
+
+
+@pytest.mark.parametrize("error", LASTING, ids=repr)
+def test_what_will_not_pass_is_not_asked_for_twice(error: Exception, waits: list[float]) -> None:
+    source = Flaky({3: 1}, error)
+    assert failed(read_all(source)) == [3]
+    assert len(source.asked) == 20
+    assert waits == []
+
+
+def test_a_source_that_is_down_is_given_up_on(waits: list[float], monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(reads, "PATIENCE_S", 1.0)
+    source = Flaky(dict.fromkeys(range(20), 10**6), OSError(errno.EIO, "x"))
+    assert failed(read_all(source)) == list(range(20))
+    assert len(source.asked) == 10 * 4 + 10 * 2, "the second batch asks once more at once, and waits for nothing"
+    assert sum(waits) <= 1.6
+
+
+def test_a_disk_with_holes_is_not_waited_for_all_night(waits: list[float], monkeypatch: pytest.MonkeyPatch) -> None:
+    """Good rows around a hole say nothing about the hole."""
+    monkeypatch.setattr(reads, "PATIENCE_S", 1.0)
+    source = Flaky({3: 10**6, 13: 10**6}, OSError(errno.EIO, "x"))
+    assert failed(read_all(source)) == [3, 13]
+    assert Counter(source.asked)[3] == 4
+    assert Counter(source.asked)[13] == 2
+
+
+def test_a_run_that_is_told_to_end_does_not_wait(waits: list[float]) -> None:
+    source = Flaky({3: 9}, OSError(errno.EIO, "x"))
+    assert failed(read_all(source, stopped=lambda: True)) == [3]
+    assert waits == []
+
+
+def test_a_file_that_is_being_written_is_read_when_it_is_done(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """The words of the source and ours are the same: through the real road."""
+    (tmp_path / "a.jpg").write_bytes(b"half")
+    fstat, looks = os.fstat, []
+
+    def growing(file: int) -> os.stat_result:
+        looks.append(file)
+        if len(looks) == 2:  # between the two looks of the first read
+            (tmp_path / "a.jpg").write_bytes(b"half and the rest")
+        return fstat(file)
+
+    monkeypatch.setattr(os, "fstat", growing)
+    with ThreadPoolExecutor(1) as pool:
+        source = open_source("folder", str(tmp_path))
+        (read,) = Reader(source, pool, 1, lambda: False).read_all([PendingItem(1, "a.jpg", b"a.jpg", 4)])
+    assert not isinstance(read, Failure), read
+    assert read[0] == b"half and the rest"
+    assert len(looks) == 4
+
+
+def test_without_aiohttp_no_error_is_its_own(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setitem(sys.modules, "aiohttp", None)
+    bad = BadImage("read_error", "x")
+    bad.__cause__ = ValueError("x")
+    assert not is_passing(bad)
+    assert not is_passing(BadImage("truncated", "x"))

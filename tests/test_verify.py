@@ -1,0 +1,342 @@
+"""`pipeline.verify` names every kind of damage, finds none where there is none, and repairs exactly what is broken."""
+
+from __future__ import annotations
+
+import fcntl
+import json
+import os
+import shutil
+import sqlite3
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import h5py
+import numpy as np
+import pytest
+from pictures import noisy_jpeg, write_folder
+from runs import index, run_module, vectors_by_key
+
+from pipeline.store.files import digest_file
+from pipeline.verify import DAMAGED, DONE, LOCKED, main
+
+ROWS = 24
+
+
+@pytest.fixture(scope="module")
+def photos(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """Two nights of twelve, and a copy: two shards, and a vector that two keys show."""
+    return tmp_path_factory.mktemp("photos") / "photos"
+
+
+@pytest.fixture(scope="module")
+def sound(photos: Path, tmp_path_factory: pytest.TempPathFactory, tiny_model: Path) -> Path:
+    out = tmp_path_factory.mktemp("sound") / "index"
+    for night in range(2):
+        write_folder(photos / f"night {night}", ROWS // 2, first_seed=100 * night)
+        if night:
+            shutil.copyfile(photos / "night 0" / "even" / "00000.jpg", photos / "copy.jpg")
+        ran = index(photos, out, "--model", tiny_model)
+        assert ran.code == 0, ran.stderr
+    return out
+
+
+@pytest.fixture
+def out(sound: Path, tmp_path: Path) -> Path:
+    """A copy to be damaged. Both stand two folders deep, so links stay right."""
+    shutil.copytree(sound, tmp_path / "index", symlinks=True)
+    return tmp_path / "index"
+
+
+def verify(capsys: pytest.CaptureFixture[str], *args: object) -> tuple[int, dict[str, Any]]:
+    code = main([*map(str, args), "--json"])
+    report: dict[str, Any] = json.loads(capsys.readouterr().out.strip().splitlines()[-1])
+    assert report["exit"] == code
+    return code, report
+
+
+def whats(report: dict[str, Any]) -> set[str]:
+    return {finding["what"] for finding in report["findings"]}
+
+
+def shards(out: Path) -> list[Path]:
+    return sorted((out / "shards").glob("*.h5"))
+
+
+def sql(out: Path, statement: str, *args: object) -> None:
+    db = sqlite3.connect(out / "manifest.sqlite")
+    assert db.execute(statement, args).rowcount, "the test changed nothing"
+    db.commit()
+    db.close()
+
+
+def sign(out: Path, path: Path) -> None:
+    """Whoever damages a file may know how to fix its digest: in the manifest and in every generation."""
+    name, digest, size = str(path.relative_to(out)), digest_file(path), path.stat().st_size
+    if path.name != "index.h5":
+        sql(out, "UPDATE shard SET digest = ?, bytes = ? WHERE name = ?", digest, size, name)
+    for listing in out.glob("generations/*/generation.json"):
+        content = json.loads(listing.read_text())
+        for entry in [*content["files"], content["index"]]:
+            if entry["name"] == name:
+                entry.update(digest=digest, bytes=size)
+        listing.write_text(json.dumps(content))
+
+
+def edit(path: Path, change: Callable[[h5py.File], None]) -> None:
+    with h5py.File(path, "r+") as file:
+        change(file)
+
+
+def swap(file: h5py.File, *names: str) -> None:
+    for name in names:
+        file[name][[1, 2]] = file[name][[1, 2]][::-1]
+
+
+def flip(out: Path) -> None:
+    content = bytearray(shards(out)[0].read_bytes())
+    content[-200] ^= 1
+    shards(out)[0].write_bytes(content)
+
+
+def truncate(out: Path) -> None:
+    os.truncate(shards(out)[0], shards(out)[0].stat().st_size - 1)
+
+
+def scale(out: Path) -> None:
+    def change(file: h5py.File) -> None:
+        file["embeddings"][3] *= np.float16(1.01)
+
+    edit(shards(out)[0], change)
+    sign(out, shards(out)[0])
+
+
+def not_a_number(out: Path) -> None:
+    def change(file: h5py.File) -> None:
+        file["embeddings"][3, 0] = np.nan
+
+    edit(shards(out)[0], change)
+    sign(out, shards(out)[0])
+
+
+def swap_hashes(out: Path) -> None:
+    edit(shards(out)[0], lambda file: swap(file, "content_hash"))
+    sign(out, shards(out)[0])
+
+
+def repeat_id(out: Path) -> None:
+    def change(file: h5py.File) -> None:
+        file["id"][4] = file["id"][3]
+
+    edit(shards(out)[0], change)
+    sign(out, shards(out)[0])
+
+
+def unknown_id(out: Path) -> None:
+    def change(file: h5py.File) -> None:
+        file["id"][4] = 10**6
+
+    edit(shards(out)[0], change)
+    sign(out, shards(out)[0])
+
+
+def other_space(out: Path) -> None:
+    edit(shards(out)[0], lambda file: file.attrs.update(space="another-model"))
+    sign(out, shards(out)[0])
+
+
+def move_key(out: Path) -> None:
+    table = next(iter((out / "current").resolve().glob("index.h5")))
+
+    def change(file: h5py.File) -> None:
+        file["key"][0] = "somebody/else.jpg"
+
+    edit(table, change)
+    sign(out, table)
+
+
+def swap_rows_of_index(out: Path) -> None:
+    table = next(iter((out / "current").resolve().glob("index.h5")))
+    edit(table, lambda file: swap(file, "id", "key", "content_hash"))
+    sign(out, table)
+
+
+def other_spec(out: Path) -> None:
+    listing = (out / "current" / "generation.json").resolve()
+    content = json.loads(listing.read_text())
+    content["spec"]["weights_digest"] = "0" * 64
+    listing.write_text(json.dumps(content))
+
+
+def point_elsewhere(out: Path) -> None:
+    (out / "current").unlink()
+    (out / "current").symlink_to("generations/77")
+
+
+# harm, what is found, where, how many pictures a repair embeds again
+HARMS: dict[str, tuple[Callable[[Path], object], set[str], str, int]] = {
+    "bit flipped": (flip, {"damaged file"}, "shards/", 12),
+    "truncated": (truncate, {"truncated file"}, "shards/", 12),
+    "removed": (lambda out: shards(out)[0].unlink(), {"missing file"}, "shards/", 12),
+    "vector scaled": (scale, {"norm"}, "shards/", 1),
+    "not a number": (not_a_number, {"norm"}, "shards/", 1),
+    "hashes swapped": (swap_hashes, {"manifest row without shard row", "index out of step"}, "shards/", 2),
+    "id twice": (repeat_id, {"duplicate id"}, "shards/", 1),
+    "id of nobody": (unknown_id, {"shard row without manifest row"}, "shards/", 1),
+    "another model's": (other_space, {"wrong space"}, "shards/", 12),
+    "manifest lost a row": (
+        lambda out: sql(out, "DELETE FROM vector WHERE shard = 1 AND row = 3"),
+        {"shard row without manifest row", "index out of step"}, "manifest.sqlite", 1,
+    ),
+    "manifest points at nothing": (
+        lambda out: sql(out, "UPDATE vector SET row = 99 WHERE shard = 1 AND row = 3"),
+        {"manifest row without shard row"}, "manifest.sqlite", 1,
+    ),
+    "two contents in a row": (
+        lambda out: sql(out, "UPDATE vector SET row = 4 WHERE shard = 1 AND row = 3"),
+        {"manifest row without shard row"}, "manifest.sqlite", 2,
+    ),
+    "input of unknown content": (
+        lambda out: sql(out, "UPDATE input SET content_hash = zeroblob(16) WHERE id = 5"),
+        {"input without vector", "index out of step"}, "manifest.sqlite", 0,
+    ),
+    "key moved": (move_key, {"index out of step"}, "index.h5", 0),
+    "rows of index.h5 swapped": (swap_rows_of_index, {"index out of step"}, "index.h5", 0),
+    "index.h5 removed": (
+        lambda out: (out / "current").resolve().joinpath("index.h5").unlink(), {"missing file"}, "index.h5", 0,
+    ),
+    "generation.json removed": (
+        lambda out: (out / "current").resolve().joinpath("generation.json").unlink(), {"generation"}, "json", 0,
+    ),
+    "another spec": (other_spec, {"wrong space"}, "generation.json", 0),
+    "old index.h5 removed": (
+        lambda out: (out / "generations" / "1" / "index.h5").unlink(), {"missing file"}, "generations/1/", 0,
+    ),
+    "current elsewhere": (point_elsewhere, {"wrong link"}, "current", 0),
+    "index.h5 is no link": (lambda out: (out / "index.h5").unlink(), {"wrong link"}, "index.h5", 0),
+}  # fmt: skip
+
+
+@pytest.mark.parametrize("name", HARMS)
+def test_damage_is_named_and_repaired(
+    name: str, out: Path, sound: Path, tiny_model: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    harm, what, where, embedded = HARMS[name]
+    assert verify(capsys, "--out", out)[0] == DONE
+    harm(out)
+    code, report = verify(capsys, "--out", out)
+    assert code == DAMAGED
+    assert what <= whats(report), report["findings"]
+    assert any(where in finding["where"] for finding in report["findings"]), report["findings"]
+    assert all(all(finding.values()) for finding in report["findings"]), "every finding says all it has to say"
+    code, report = verify(capsys, "--repair", "--out", out)
+    assert (code, report["findings"]) == (DONE, [])
+    assert report["embedded"] == embedded
+    assert vectors_by_key(out) == vectors_by_key(sound)
+    assert verify(capsys, "sample", "--rows", 99, "--out", out)[0] == DONE
+
+
+def test_a_vector_that_is_not_its_pictures_is_found_by_embedding_again(
+    out: Path, sound: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """Two vectors change places and every digest is put right: only the pictures can tell."""
+    edit(shards(out)[0], lambda file: swap(file, "embeddings"))
+    sign(out, shards(out)[0])
+    assert verify(capsys, "quick", "--out", out)[0] == DONE
+    code, report = verify(capsys, "full", "--out", out)
+    assert code == DAMAGED
+    assert len([finding for finding in report["findings"] if finding["what"] == "vector"]) == 2
+    assert report["sample"]["rows"] == ROWS + 1
+    assert report["sample"]["same_bits"] == ROWS - 1
+    code, report = verify(capsys, "full", "--repair", "--out", out)
+    assert (code, report["embedded"]) == (DONE, 2)
+    assert vectors_by_key(out) == vectors_by_key(sound)
+
+
+def test_a_sample_of_a_sound_index_has_the_same_bits(out: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    code, report = verify(capsys, "sample", "--rows", 10, "--seed", 3, "--out", out)
+    sample = report["sample"]
+    assert (code, sample["rows"], sample["compared"], sample["same_bits"]) == (DONE, 10, 10, 10)
+
+
+def test_pictures_that_changed_since_are_no_damage(
+    tmp_path: Path, tiny_model: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    paths = write_folder(tmp_path / "photos", 6)
+    index(tmp_path / "photos", tmp_path / "index", "--model", tiny_model)
+    paths[0].write_bytes(noisy_jpeg(77))
+    paths[1].unlink()
+    code, report = verify(capsys, "full", "--out", tmp_path / "index")
+    sample = report["sample"]
+    assert (code, sample["changed"], sample["unreadable"], sample["compared"]) == (DONE, 1, 1, 4)
+
+
+def test_a_run_is_neither_judged_nor_kept_out(out: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    with (out / "lock").open("rb") as lock:
+        fcntl.flock(lock, fcntl.LOCK_EX)
+        for args in ((), ("--repair",)):
+            code, report = verify(capsys, *args, "--out", out)
+            assert code == LOCKED
+            assert "run writes to" in report["error"]
+    with (out / "lock").open("rb") as lock:  # nothing is left of a verification
+        assert verify(capsys, "--out", out)[0] == DONE
+        fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
+
+
+def test_a_run_that_begins_meanwhile_spoils_the_verdict(
+    out: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    from pipeline import verify as module
+
+    check_data = module.check_data
+
+    def with_a_run(*args: Any) -> Any:
+        sql(out, "INSERT INTO run(scope, space, started_s) VALUES (1, 1, 0)")
+        return check_data(*args)
+
+    monkeypatch.setattr(module, "check_data", with_a_run)
+    code, report = verify(capsys, "--out", out)
+    assert code == LOCKED
+    assert "a run began" in report["error"]
+
+
+def test_an_index_that_is_behind_is_not_damaged(out: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    """A run was killed after it had committed, or between writing a generation and showing it."""
+    sql(out, "UPDATE meta SET value = value + 1 WHERE key = 'state'")
+    code, report = verify(capsys, "--out", out)
+    assert code == DONE
+    assert "older than the manifest" in report["behind"]
+    sql(out, "UPDATE meta SET value = value - 1 WHERE key = 'state'")
+    number = int(os.readlink(out / "current").rpartition("/")[2])
+    (out / "current").unlink()
+    (out / "current").symlink_to(f"generations/{number - 1}")
+    code, report = verify(capsys, "--out", out)
+    assert code == DONE
+    assert f"generation {number} is written" in report["behind"]
+
+
+def test_a_damaged_manifest_is_named(out: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    content = bytearray((out / "manifest.sqlite").read_bytes())
+    content[4096 : 4 * 4096] = bytes(3 * 4096)
+    (out / "manifest.sqlite").write_bytes(content)
+    code, report = verify(capsys, "--out", out)
+    assert (code, whats(report)) == (DAMAGED, {"manifest"})
+
+
+def test_for_people_and_for_wrong_usage(out: Path, tmp_path: Path) -> None:
+    assert "example" in run_module("pipeline.verify", "--help").stdout
+    ran = run_module("pipeline.verify", "--out", out)
+    assert (ran.code, ran.stdout.splitlines()[-1]) == (0, "nothing is wrong")
+    shards(out)[0].unlink()
+    ran = run_module("pipeline.verify", "--out", out)
+    assert ran.code == 7
+    assert "shards/000001-000001.h5: expected a file of" in ran.stderr
+    for args, words in (
+        (("--out", tmp_path), "no manifest in"),
+        (("--out", out, "--rows", 0), "at least 1"),
+        (("--out", out, "--repair", "--model", "no/model"), "make engines MODEL=no/model"),
+    ):
+        ran = run_module("pipeline.verify", *args)
+        assert ran.code == 2
+        assert words in ran.stderr
+        assert "Traceback" not in ran.stderr
