@@ -12,7 +12,7 @@ OUT    ?= demo-out
 GPU_PYTHON ?= python3
 
 .DEFAULT_GOAL := help
-.PHONY: help setup demo engines test lint bench gpu-bundle gpu-check lock clean
+.PHONY: help setup demo engines test soak lint bench gpu-bundle gpu-check lock clean
 
 help:  ## print this
 	@awk -F ':.*## ' '/^[a-z-]+:.*## / {printf "  make %-11s %s\n", $$1, $$2}' $(MAKEFILE_LIST)
@@ -36,6 +36,9 @@ engines: setup  ## export, compile and check the model for this host [MODEL=hub-
 
 test: setup  ## the whole test suite
 	$(RUN) -m pytest $(ARGS)
+
+soak: setup  ## every call of a night killed and failed, CYCLES=1000 kills, fuzzing for SECONDS=600
+	$(RUN) tests/soak.py $(if $(CYCLES),--cycles $(CYCLES)) $(if $(SECONDS),--seconds $(SECONDS))
 
 lint: $(VENV)/.lint  ## ruff, mypy --strict, import contracts, Dockerfile
 	$(VENV)/bin/ruff check .

@@ -7,8 +7,8 @@ Then carry part-*, MANIFEST.json and unpack.py to the host, one by one if need b
 `python unpack.py --target DIR` (docs/gpu.md).
 
 Wheels are downloaded, freed of what this kind of host cannot use (modules for other Python versions, plugins whose
-library is not in the bundle; with `--sm`, machine code for other GPUs), and laid end to end in parts. Measured:
-460 MB as downloaded, 438 MB in 8 parts trimmed, 204 MB in 4 parts with `--sm 90`; made in 40 s, unpacked in 12 s.
+library is not in the bundle; with `--sm`, machine code for other GPUs), and laid end to end in parts. Sizes are in
+docs/gpu.md.
 TensorRT's libraries are not in it: they come from NVIDIA's own index only.
 The same wheels give the same parts, byte for byte, so an interrupted carry goes on after the bundle is made again.
 """

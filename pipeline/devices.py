@@ -6,6 +6,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import importlib.util
 import traceback
 from typing import Any, Literal, NamedTuple, cast
@@ -127,4 +128,7 @@ def last_words(spec: LaneSpec, error: BaseException) -> Refused | Lost | Broken:
             Stream().synchronize()  # after a fault, every call fails
         except GpuError as sick:
             return Lost(f"{type(error).__name__}: {error}; {sick}")
-    return Broken(f"{spec.name} failed:\n{traceback.format_exc()}")
+    with contextlib.suppress(OSError):  # the disk that failed may be the log's
+        traceback.print_exc()  # into the lane's log
+    words = f"{type(error).__name__}: {error}"
+    return Broken(f"{spec.name} failed, what is done is committed: {words}; the whole story is in {spec.log_path}")

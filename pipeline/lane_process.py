@@ -22,7 +22,6 @@ from collections import Counter, deque
 from collections.abc import Callable, Iterator
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, field
-from itertools import islice
 from multiprocessing.connection import Connection
 
 import numpy as np
@@ -38,6 +37,7 @@ READ_THREADS = 8  # hides the latency of network file systems; on a warm local c
 # Batches read ahead. On a GPU, 8 of 256 pictures last about as long as the coordinator takes to commit 4,096 rows
 # (0.1 s on a quiet disk), for it answers no claim meanwhile.
 LEAD_BATCHES = {"cpu": 2, "gpu": 8}
+BATCH_BYTES_MAX = 128 << 20  # of encoded pictures read together: some batches are in memory at once, whatever they hold
 BATCHES_WITH_ENGINE = 2  # of its three buffers; the decoder fills the third
 GPU_DEADLINE_S = 300.0  # a batch from decode to vectors; each of its rows that takes the CPU stage has 60 s of its own
 
@@ -62,13 +62,13 @@ class Work:
 def lane_main(spec: LaneSpec, conn: Connection, board: Board) -> None:
     """Entry point of the child process."""
     _die_with_parent()
-    log_file = spec.log_path.open("w")
-    os.dup2(log_file.fileno(), 2)  # libtiff and its like print to file descriptor 2, in the middle of a progress bar
-    faulthandler.enable(log_file)
-    logging.captureWarnings(True)
     for number in (signal.SIGINT, signal.SIGTERM):  # the coordinator decides; it sets the board's stop flag
         signal.signal(number, signal.SIG_IGN)
     try:
+        log_file = spec.log_path.open("w")
+        os.dup2(log_file.fileno(), 2)  # libtiff and its like print there, in the middle of a progress bar
+        faulthandler.enable(log_file)
+        logging.captureWarnings(True)
         process = LaneProcess(spec, conn, board)
     except BaseException as error:  # noqa: BLE001 - whatever it is, its words go to the coordinator
         conn.send(last_words(spec, error))
@@ -114,11 +114,13 @@ class LaneProcess:
 
     def _batches(self, work: Work, reader: Reader) -> Iterator[Batch]:
         """Full batches of contents that nobody has computed yet; failed reads and copies get their outcome here."""
-        size, rows = self.engine.card.batch, iter(work.chunk.rows)
+        size = self.engine.card.batch
         fresh: list[tuple[int, bytes]] = []
-        while (group := list(islice(rows, size))) and not self.board.stopped:
+        for group in _groups(work.chunk.rows, size):
+            if self.board.stopped:
+                break
             fresh += self._fresh(work, group, reader.read_all(group))
-            while len(fresh) >= size:
+            while len(fresh) >= size or sum(len(encoded) for _, encoded in fresh) > BATCH_BYTES_MAX:
                 yield _batch(fresh[:size])
                 del fresh[:size]
         if fresh:
@@ -267,6 +269,20 @@ class LaneProcess:
 
 def _batch(rows: list[tuple[int, bytes]]) -> Batch:
     return Batch(ids=np.array([row_id for row_id, _ in rows], np.int64), encoded=[encoded for _, encoded in rows])
+
+
+def _groups(rows: list[PendingItem], size: int) -> Iterator[list[PendingItem]]:
+    """As many rows as a batch has, or fewer where their files are large."""
+    group: list[PendingItem] = []
+    group_bytes = 0
+    for row in rows:
+        if group and (len(group) == size or group_bytes + row.size_bytes > BATCH_BYTES_MAX):
+            yield group
+            group, group_bytes = [], 0
+        group.append(row)
+        group_bytes += row.size_bytes
+    if group:
+        yield group
 
 
 def _batches_in(running: deque[tuple[Work, Batch | None]]) -> int:

@@ -44,6 +44,7 @@ KEEP = 3  # generations, the current one included
 Review: TypeAlias = Callable[[int, int], None]  # numbers of the generation that is shown and of the one to be shown
 DATA_FOLDERS = ("shards", "segments")
 OUR_DATA = re.compile(r"\d{6,}(-\d{6,})?\.h5(\.tmp)?")
+OUR_REPORT_DRAFT = re.compile(r"\d+\.(json|html)\.tmp")
 OUR_GENERATION = re.compile(r"\d+(\.tmp)?")
 
 
@@ -238,4 +239,9 @@ def sweep(db: sqlite3.Connection, out: Path) -> list[str]:
         if OUR_GENERATION.fullmatch(path.name) and path.name not in numbers:
             garbage.append(path)
             shutil.rmtree(path)
+    drafts = [path for path in (out / "runs").iterdir() if OUR_REPORT_DRAFT.fullmatch(path.name)]
+    for path in (temporary(out / "current"), temporary(out / "index.h5"), *drafts):
+        if os.path.lexists(path):
+            garbage.append(path)
+            path.unlink()
     return [str(path.relative_to(out)) for path in garbage]
