@@ -54,9 +54,9 @@ class Check(NamedTuple):
 
 # Order of both: what takes longest, or matters most, first.
 TOGETHER_CHECKS = (
-    Check("prepare ViT-L-14", "Random weights and every GPU engine of this host", "prepare_gpu:l14", 180),
+    Check("prepare ViT-L-14", "Random weights and every GPU engine of this host", "prepare_gpu:l14", 165),
     Check("prepare ViT-B-32", "Random weights and every GPU engine of this host", "prepare_gpu:b32", 160),
-    Check("tests", "Do the GPU tests pass, none skipped for want of a GPU?", "probes_gpu:gpu_tests", 180),
+    Check("tests", "Do the GPU tests pass, none skipped for want of a GPU?", "probes_gpu:gpu_tests", 165),
     Check("prepare pictures", "Generated JPEGs, and a corpus of them", "prepare_gpu:pictures", 120),
     Check("a size order", "Is the size of an image (width, height), also after tvresize?", "probes_gpu:size_order"),
     Check("b float16 out", "Does the crop write float16, and the same as float32?", "probes_gpu:float16_out"),

@@ -124,7 +124,7 @@ def stream(fill: Fill, engine: Engine, pictures: Sequence[bytes]) -> Iterator[Ca
             full.put(error)
 
     def step() -> int:
-        while len(running) < IN_FLIGHT:
+        while len(running) < min(IN_FLIGHT, engine.slots):  # one that runs as a CUDA graph has one slot
             if isinstance(got := full.get(), BaseException):
                 raise got
             engine.launch(got, engine.card.batch)

@@ -190,7 +190,7 @@ def test_a_part_that_no_longer_fits_is_not_started(monkeypatch: pytest.MonkeyPat
     run.began -= check_gpu.TOTAL_S - 10
     one = run.one(CHECK)
     assert one["status"] == "not run"
-    assert "10 of 480 s were left" in one["answer"]
+    assert "10 of 460 s were left" in one["answer"]
     assert "--only" in one["answer"]
 
 

@@ -53,6 +53,17 @@ def test_the_gate_takes_a_gpu_engine_as_any_other(artifact: Artifact, runtime: L
     assert parity.moved_rows_changed == 0
 
 
+@pytest.mark.parametrize(("share", "all_lean"), [(1e-6, False), (0.5, True)])
+def test_on_a_gpu_last_bits_may_move_but_no_row_leans_on_another(
+    artifact: Artifact, runtime: LazyRuntime, monkeypatch: pytest.MonkeyPatch, share: float, all_lean: bool
+) -> None:
+    engine = cast(gate.ExactEngine, cpu_engine(artifact))
+    exact = engine.result_fp32
+    monkeypatch.setattr(engine, "result_fp32", lambda slot: (got := exact(slot)) + share * np.roll(got, 1, axis=0))
+    inputs, want_nd = gate.golden(artifact, "vision")
+    assert gate.measure(engine, inputs, want_nd).moved_rows_changed == (len(inputs) if all_lean else 0)
+
+
 def test_launch_waits_for_the_stage_that_fills_the_input_and_for_nobody_on_the_host(
     artifact: Artifact, runtime: LazyRuntime
 ) -> None:
