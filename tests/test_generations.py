@@ -186,7 +186,7 @@ def test_a_model_change_is_in_the_report(tmp_path: Path, tiny_model: Path) -> No
         assert index(tmp_path / name, tmp_path / "index", "--model", tiny_model).code == 0
     half = index(tmp_path / "here", tmp_path / "index", "--model", second)
     assert (half.code, half.report["generation"], half.report["embedded"]) == (0, None, 12), half.stderr
-    assert "12 pictures of other sources have no vector of this model yet" in half.stderr
+    assert "12 pictures have no vector of this model yet" in half.stderr
     whole = index(tmp_path / "there", tmp_path / "index", "--model", second)
     assert (whole.code, whole.report["generation"]) == (0, 3)
     assert whole.report["model_change"]["queries"] == 24
