@@ -133,12 +133,17 @@ def row_distances(
     got_nd: npt.NDArray[Any], want_nd: npt.NDArray[Any], golden_nd: npt.NDArray[Any]
 ) -> npt.NDArray[np.float64]:
     """(n,) distance between got and wanted rows, in units of the mean distance of the golden rows from their centre."""
+    distances: npt.NDArray[np.float64] = np.linalg.norm(got_nd.astype(np.float64) - want_nd, axis=1)
+    return distances / spread(golden_nd)
+
+
+def spread(golden_nd: npt.NDArray[Any]) -> float:
+    """Mean distance of the rows from their centre: the unit of every error."""
     golden = golden_nd.astype(np.float64)
-    spread = np.linalg.norm(golden - golden.mean(axis=0), axis=1).mean()
-    if not spread > 0:
-        raise ValueError(f"golden set: the wanted vectors have a spread of {spread}, so nothing can be told apart")
-    distances: npt.NDArray[np.float64] = np.linalg.norm(got_nd.astype(np.float64) - want_nd, axis=1) / spread
-    return distances
+    found = float(np.linalg.norm(golden - golden.mean(axis=0), axis=1).mean())
+    if not found > 0:
+        raise ValueError(f"golden set: the wanted vectors have a spread of {found}, so nothing can be told apart")
+    return found
 
 
 def top_overlap(got_nd: npt.NDArray[np.float32], want_nd: npt.NDArray[np.float32], k: int = OVERLAP_K) -> float:

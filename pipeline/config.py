@@ -7,10 +7,10 @@ from __future__ import annotations
 
 import argparse
 import math
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Literal, get_args
+from typing import Any, Literal, get_args
 
 from engines import RUNTIMES
 from engines.hardware import physical_cores
@@ -154,6 +154,12 @@ def parse_index(argv: list[str] | None) -> Config:
         json_only=args.json,
         download=args.download,
     )
+
+
+def index_words(kind: str, root: str, options: Mapping[str, Any]) -> list[str]:
+    """The beginning of the command that indexes this source, as a person types it."""
+    words = ["python", "-m", "pipeline.index", "--source", kind, "--root", root]
+    return words + [word for name, value in options.items() for word in (f"--{name}", str(value))]
 
 
 def parse_reasons(words: Sequence[str]) -> tuple[Reason, ...]:

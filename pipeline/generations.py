@@ -20,10 +20,10 @@ from rich.console import Console
 from rich.table import Table
 
 from pipeline.config import UsageError, only_index_here
+from pipeline.exits import DONE, FAILED, LOCKED, USAGE
 from pipeline.store import Locked, NoIndex, StoreError, show_generation
 
 log = logging.getLogger("nightjar")
-DONE, FAILED, USAGE, LOCKED = 0, 1, 2, 4
 EXAMPLES = """examples:
   python -m pipeline.generations --out inat2021-index              what is kept
   python -m pipeline.generations --out inat2021-index --show 12    roll back to generation 12, until told otherwise

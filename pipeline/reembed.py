@@ -23,7 +23,7 @@ import numpy as np
 import numpy.typing as npt
 
 from engines import Engine
-from engines.gate import SPREAD_ERROR_MAX, golden
+from engines.gate import SPREAD_ERROR_MAX, golden, spread
 from engines.hardware import physical_cores
 from engines.spec import Artifact, Precision
 from pipeline.batch import BadImage, Batch
@@ -108,25 +108,19 @@ def compare(
     found = Comparison(
         f"{engine.card.runtime} {engine.card.precision}", len(rows), allowed, ROW_FACTOR * allowed
     )  # fmt: skip
-    spread, errors, line_s = golden_spread(artifact), 0.0, time.monotonic()
+    unit, errors, line_s = spread(golden(artifact, "vision")[1]), 0.0, time.monotonic()
     with ThreadPoolExecutor(READ_THREADS) as pool:
         for first in range(0, len(rows), GROUP_ROWS):
             group = _group(generation, rows[first : first + GROUP_ROWS])
             batches = _batches(group, sources, engine.card.batch, pool, found)
             for batch in _embed(engine, stages, batches):
-                errors += _judge(group, batch, spread, found)
+                errors += _judge(group, batch, unit, found)
                 if time.monotonic() - line_s >= LINE_S:
                     line_s = time.monotonic()
                     log.info("embedded again: %s of %s rows", f"{first + int(batch.ids.max()):,}", f"{len(rows):,}")
     stages.close()
     found.error = errors / max(1, found.compared - len(found.off))
     return found
-
-
-def golden_spread(artifact: Artifact) -> float:
-    """Mean distance of the golden vectors from their centre: the unit in which engines passed their bars."""
-    vectors_nd = golden(artifact, "vision")[1]
-    return float(np.linalg.norm(vectors_nd - vectors_nd.mean(axis=0), axis=1).mean())
 
 
 def _name(scope: Scope) -> str:
@@ -195,13 +189,13 @@ def _settle(engine: Engine, batch: Batch) -> Batch:
     return batch
 
 
-def _judge(group: _Group, batch: Batch, spread: float, found: Comparison) -> float:
+def _judge(group: _Group, batch: Batch, unit: float, found: Comparison) -> float:
     """Adds a batch to what was found; the sum of its errors, without the rows that are off."""
     assert batch.emb_nd is not None
     got, stored = batch.emb_nd, group.stored_nd[batch.ids]
     found.compared += len(got)
     found.same_bits += int(np.count_nonzero((got.view(np.uint16) == stored.view(np.uint16)).all(axis=1)))
-    errors = np.linalg.norm(got.astype(np.float32) - stored.astype(np.float32), axis=1) / spread
+    errors = np.linalg.norm(got.astype(np.float32) - stored.astype(np.float32), axis=1) / unit
     total = 0.0
     for place, at in enumerate(batch.ids.tolist()):
         if place in batch.failed:

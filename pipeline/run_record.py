@@ -22,7 +22,7 @@ import psutil
 
 from engines.hardware import cpu_info, host_id, physical_cores
 from engines.memory_gpu import gpus
-from pipeline.config import Config
+from pipeline.config import Config, index_words
 from pipeline.scheduler import Totals
 from pipeline.store import Counts
 
@@ -77,8 +77,7 @@ def run_record(cfg: Config, number: int, counts: Counts, totals: Totals, clock: 
 
 def _command(cfg: Config) -> str:
     """What a person types to have the same done again."""
-    words = ["python", "-m", "pipeline.index", "--source", cfg.source.kind, "--root", cfg.source.root]
-    words += [word for name, value in cfg.source.options.items() for word in (f"--{name}", str(value))]
+    words = index_words(cfg.source.kind, cfg.source.root, cfg.source.options)
     return shlex.join([*words, "--model", cfg.artifact.spec.model, "--out", str(cfg.out.absolute())])
 
 

@@ -24,10 +24,10 @@ from engines.spec import Artifact, ArtifactMissing, find_artifact
 from pipeline.batch import BadImage, Batch
 from pipeline.config import SearchConfig, UsageError, parse_search
 from pipeline.contact_sheet import Cell, contact_sheet
+from pipeline.exits import DONE, FAILED, USAGE
 from pipeline.sources import SourceError, open_source
 from pipeline.store import Block, Generation, NoIndex, StoreError
 
-DONE, FAILED, USAGE = 0, 1, 2
 BLOCK_ROWS = 65_536  # scores of one step: 0.25 MB per query, whatever the size of the index
 DIGEST_CHECK_BYTES = 1 << 30  # a first read of 1 GB takes 0.3 s from the page cache; above, sizes alone are checked
 

@@ -20,7 +20,7 @@ from rich.console import Console
 from rich.markup import escape
 from rich.table import Table
 
-from pipeline.config import UsageError, only_index_here
+from pipeline.config import UsageError, index_words, only_index_here
 from pipeline.exits import DONE, FAILED, USAGE
 from pipeline.generations import Kept, kept_generations
 from pipeline.run_reports import read_report
@@ -109,8 +109,7 @@ def _bytes(index: Path, part: str) -> int:
 
 def _source(index: Path, source: SourceState, stock: Stock, shown: Kept | None) -> dict[str, Any]:
     ours = [entry for entry in stock.examples if entry.source == source.number]
-    command = ["python", "-m", "pipeline.index", "--source", source.kind, "--root", source.root]
-    command += [word for name, value in source.options.items() for word in (f"--{name}", str(value))]
+    command = index_words(source.kind, source.root, source.options)
     command += ["--out", str(index)] + (["--model", shown.model] if shown else [])
     return {
         "kind": source.kind, "root": source.root, "options": source.options,

@@ -18,6 +18,7 @@ from urllib.parse import quote
 
 from pipeline.store.files import NoIndex
 from pipeline.store.manifest import PENDING
+from pipeline.store.publish import pinned
 
 T = TypeVar("T")
 PAGE_ROWS = 10_000
@@ -83,8 +84,7 @@ def take_stock(index: Path, *, examples: int, runs: int) -> Stock:
             for entry in _entries(db, "scope = ? AND reason = ? ORDER BY i.id DESC", (source.number, reason), examples)
         ]
         started = db.execute("SELECT number, scope, started_s FROM run ORDER BY number DESC LIMIT ?", (runs,))
-        pinned = db.execute("SELECT value FROM meta WHERE key = 'pinned'").fetchone()
-        return Stock(sources, entries, [RunStart(*row) for row in started], pinned[0] if pinned else None)
+        return Stock(sources, entries, [RunStart(*row) for row in started], pinned(db))
 
     return _read(index, look)
 
