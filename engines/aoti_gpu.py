@@ -8,7 +8,6 @@ runtimes). It holds the GIL while it launches its kernels, not while they run.
 from __future__ import annotations
 
 import importlib.util
-import time
 from collections.abc import Iterator
 from contextlib import AbstractContextManager, contextmanager
 from importlib import metadata
@@ -16,11 +15,10 @@ from pathlib import Path
 from typing import Any
 
 from engines import EngineUnavailable
-from engines.engine_gpu import SLOTS, GpuEngine
-from engines.memory_gpu import DeviceArray, OutOfGpuMemory
+from engines.engine_gpu import GEMM_SIZE, SLOTS, GpuEngine, gemm_gflops
+from engines.memory_gpu import DeviceArray, OutOfGpuMemory, told_out_of_memory
 from engines.spec import EngineCard, Precision
 
-GEMM_SIZE = 8192  # as in ort_gpu
 INSTALL = "pip install 'nightjar[gpu-cu13]'"
 
 
@@ -59,13 +57,14 @@ class AotiCudaEngine(GpuEngine):
     @contextmanager
     def _told_out_of_memory(self, what: str) -> Iterator[None]:
         """A package says of any failure "... API call failed at ...": on a sound GPU it is want of memory."""
-        try:
-            yield
-        except RuntimeError as error:  # torch.OutOfMemoryError is one
-            self.stream.synchronize()  # raises GpuError where the GPU is at fault
-            if "out of memory" in str(error) or "API call failed" in str(error):
-                raise OutOfGpuMemory(f"{what}: {error}") from error
-            raise
+        with told_out_of_memory(what):
+            try:
+                yield
+            except RuntimeError as error:
+                self.stream.synchronize()  # raises GpuError where the GPU is at fault
+                if "API call failed" in str(error):
+                    raise OutOfGpuMemory(f"{what} does not fit in GPU memory: {error}") from error
+                raise
 
     def _expect_gpu(self) -> None:
         import torch
@@ -89,16 +88,10 @@ class AotiCudaEngine(GpuEngine):
         return on_ours
 
 
-def gemm_peak_gflops(precision: Precision, repeats: int = 20) -> float:
-    """Speed of a square matrix product in torch, cuBLAS: what a model made of GEMMs can reach here."""
+def gemm_peak_gflops(precision: Precision) -> float:
+    """Speed of a square matrix product in torch, cuBLAS."""
     import torch
 
     dtype = {"fp32": torch.float32, "bf16": torch.bfloat16}.get(precision, torch.float16)
-    a = torch.randn(GEMM_SIZE, GEMM_SIZE, device="cuda", dtype=dtype)  # real numbers: zeros draw less power
-    for repeat in range(repeats + 3):  # three to warm up
-        if repeat == 3:
-            torch.cuda.synchronize()
-            start = time.perf_counter()
-        a @ a
-    torch.cuda.synchronize()
-    return 2 * GEMM_SIZE**3 * repeats / (time.perf_counter() - start) / 1e9
+    a = torch.randn(GEMM_SIZE, GEMM_SIZE, device="cuda", dtype=dtype)
+    return gemm_gflops(lambda: a @ a, torch.cuda.synchronize)

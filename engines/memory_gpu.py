@@ -14,6 +14,8 @@ import ctypes
 import importlib
 import math
 import weakref
+from collections.abc import Iterator
+from contextlib import contextmanager
 from functools import lru_cache
 from typing import Any, NamedTuple
 
@@ -22,6 +24,11 @@ import numpy.typing as npt
 
 # cudaErrorMemoryAllocation. Names of the enum differ between bindings of CUDA 12 and 13, numbers do not.
 OUT_OF_MEMORY = 2
+# The same from ONNX Runtime (the first), cuBLAS and cuDNN, TensorRT, CV-CUDA and nvImageCodec.
+OUT_OF_MEMORY_WORDS = (
+    "failed to allocate memory", "out of memory", "alloc_failed", "outofmemory", "out_of_memory",
+    "cudaerrormemoryallocation", "cuda runtime failure: '#2'",
+)  # fmt: skip
 INSTALL = "pip install 'nightjar[gpu-cu13]' (driver 580 or newer) or 'nightjar[gpu-cu12]'"
 NVML = "libnvidia-ml.so.1"
 
@@ -124,6 +131,33 @@ class DeviceArray:
         copy_to_device(self, converted, stream)
         self.ready.record(stream)
         self.ready.synchronize()
+
+
+def has_room(nbytes: int, stream: Stream) -> bool:
+    """Whether `nbytes` more can be had now, from the pool that libraries take the buffers of one call from."""
+    try:
+        pointer = _call("cudaMallocAsync", nbytes, stream.handle)
+    except OutOfGpuMemory:
+        return False
+    _call("cudaFreeAsync", int(pointer), stream.handle)
+    return True
+
+
+@contextmanager
+def told_out_of_memory(what: str) -> Iterator[None]:
+    """Libraries say it in words only, in exceptions of several kinds that share no base but Exception."""
+    try:
+        yield
+    except OutOfGpuMemory:
+        raise
+    except Exception as error:
+        if says_out_of_memory(str(error)):
+            raise OutOfGpuMemory(f"{what} does not fit in GPU memory: {error}") from error
+        raise
+
+
+def says_out_of_memory(words: str) -> bool:
+    return any(known in words.lower() for known in OUT_OF_MEMORY_WORDS)
 
 
 class _Allocation:
@@ -237,6 +271,8 @@ def _call(name: str, *arguments: Any) -> Any:
     """
     runtime = _runtime()
     code, *values = getattr(runtime, name)(*arguments)
+    if int(code):
+        runtime.cudaGetLastError()  # else the next library that asks for it takes our failure for its own
     if int(code) == OUT_OF_MEMORY:
         raise OutOfGpuMemory(f"{name}{arguments if arguments else ''} does not fit in GPU memory: use a smaller batch")
     if int(code):

@@ -11,10 +11,8 @@ from __future__ import annotations
 import ctypes
 import importlib
 import sys
-import time
 from abc import abstractmethod
-from collections.abc import Iterator, Sequence
-from contextlib import contextmanager
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
@@ -22,16 +20,14 @@ import numpy as np
 import onnxruntime as ort
 
 from engines import EngineUnavailable, trt_gpu
-from engines.engine_gpu import GRAPH_ROWS_MAX, SLOTS, GpuEngine
-from engines.memory_gpu import DeviceArray, OutOfGpuMemory, Stream, device_array
+from engines.engine_gpu import GEMM_SIZE, GRAPH_ROWS_MAX, SLOTS, GpuEngine, gemm_gflops
+from engines.memory_gpu import DeviceArray, Stream, device_array, says_out_of_memory, told_out_of_memory
 from engines.ort import BoundSession, Buffer, open_session, package
 from engines.spec import EngineCard, Precision
 
 TENSORRT_PROVIDER, CUDA_PROVIDER = "TensorrtExecutionProvider", "CUDAExecutionProvider"
-OUT_OF_MEMORY_WORDS = ("out of memory", "failed to allocate memory", "outofmemory", "alloc_failed")
 # In an order in which each finds what it needs.
 CUDA_LIBRARIES = ("libcudart", "libcublasLt", "libcublas", "libnvrtc", "libcurand", "libcufft", "libcudnn")
-GEMM_SIZE = 8192  # 1.1 TFLOP: 1.4 ms at 790 TFLOP/s, long beside its launch
 
 
 def problem(provider: str) -> str:
@@ -80,6 +76,14 @@ class TensorRtEngine(OrtGpuEngine):
     def _graph(self, card_path: Path) -> Path:
         return card_path.parent / trt_gpu.CONTEXT
 
+    def _session(self, graph: Path, graphed: bool) -> Any:
+        try:
+            return super()._session(graph, graphed)
+        except EngineUnavailable as error:  # ONNX Runtime keeps TensorRT's reason to itself, want of memory too
+            if words := trt_gpu.refusal(self.card.runtime, graph.parent / self.card.file):
+                raise EngineUnavailable(f"{error} TensorRT says: {words}") from error
+            raise
+
 
 class CudaEngine(OrtGpuEngine):
     provider = CUDA_PROVIDER
@@ -110,7 +114,7 @@ def open_gpu_session(graph: Path | bytes, provider: str, provider_options: dict[
         except (EngineUnavailable, MemoryError):
             raise
         except Exception as error:
-            if _is_out_of_memory(error):
+            if says_out_of_memory(str(error)):
                 raise
             words = (str(error).strip().splitlines() or [type(error).__name__])[0]
             raise EngineUnavailable(
@@ -157,25 +161,8 @@ def bind(
     return BoundSession(session, card, place, buffers(inputs), buffers(outputs))
 
 
-@contextmanager
-def told_out_of_memory(what: str) -> Iterator[None]:
-    """ONNX Runtime says it in words only, in exceptions of several kinds that share no base but Exception."""
-    try:
-        yield
-    except (OutOfGpuMemory, EngineUnavailable):
-        raise
-    except Exception as error:
-        if _is_out_of_memory(error):
-            raise OutOfGpuMemory(f"{what} does not fit in GPU memory: {error}") from error
-        raise
-
-
-def _is_out_of_memory(error: Exception) -> bool:
-    return any(words in str(error).lower() for words in OUT_OF_MEMORY_WORDS)
-
-
-def gemm_peak_gflops(precision: Precision, repeats: int = 20) -> float:
-    """Speed of a square matrix product on the CUDA provider, cuBLAS: what a model made of GEMMs can reach here."""
+def gemm_peak_gflops(precision: Precision) -> float:
+    """Speed of a square matrix product on the CUDA provider, cuBLAS."""
     import onnx
     from onnx import helper
 
@@ -187,17 +174,10 @@ def gemm_peak_gflops(precision: Precision, repeats: int = 20) -> float:
     opsets = [helper.make_opsetid("", 18)]
     model = helper.make_model(square, opset_imports=opsets, ir_version=helper.find_min_ir_version_for(opsets))
     stream, a, c = Stream(), device_array(shape, dtype), device_array(shape, dtype)
-    # Real numbers: on zeros an H200 draws less power and runs 13 % faster.
     a.fill(np.random.default_rng(0).standard_normal(shape, np.float32), stream)
     session = open_gpu_session(model.SerializeToString(), CUDA_PROVIDER, {"use_tf32": "0"}, stream)
     binding, options = session.io_binding(), run_options()
     element = np.float32 if precision == "fp32" else int(number)
     binding.bind_input("a", "cuda", 0, element, shape, a.pointer)
     binding.bind_output("c", "cuda", 0, element, shape, c.pointer)
-    for repeat in range(repeats + 3):  # three to warm up
-        if repeat == 3:
-            stream.synchronize()
-            start = time.perf_counter()
-        session.run_with_iobinding(binding, options)
-    stream.synchronize()
-    return 2 * GEMM_SIZE**3 * repeats / (time.perf_counter() - start) / 1e9
+    return gemm_gflops(lambda: session.run_with_iobinding(binding, options), stream.synchronize)

@@ -6,7 +6,9 @@ knows, on a host with none. Neither has run on a GPU yet.
 
 The network is strongly typed: every precision is the graph's own. One profile of 1 to `batch` rows, kernels chosen for
 `batch`: an engine runs at one size all its life, and a lane that runs out of memory opens the same plan at half of it
-(a profile of that one size gives as many kernels: 33 for three layers of B/32). Profiling is detailed, so the final
+(a profile of that one size gives as many kernels: 33 for three layers of B/32). Memory for activations is then sized
+for half as many rows where we give it (`tensorrt-rtx`: 202 MB for 256 rows of B/32, 59 MB for 64); ONNX Runtime takes
+what the largest batch needs, and what is halved is all else that a lane holds. Profiling is detailed, so the final
 kernels are known and fused attention can be counted: fp16 and bf16 give 8 kernels a block, one of them the whole
 attention; fp32 gives 12 and no fused attention.
 """
@@ -22,9 +24,11 @@ from pathlib import Path
 from types import ModuleType
 from typing import Any, NamedTuple
 
+import numpy as np
+
 from engines import EngineUnavailable
 from engines.engine_gpu import SLOTS, GpuEngine
-from engines.memory_gpu import GpuError
+from engines.memory_gpu import GpuError, device_array, told_out_of_memory
 from engines.spec import EngineCard
 
 LIBRARIES = {"tensorrt": "tensorrt", "tensorrt-rtx": "tensorrt_rtx"}
@@ -120,7 +124,7 @@ def build_plan(
         config.set_timing_cache(config.create_timing_cache(known), ignore_mismatch=False)
     made = builder.build_serialized_network(network, config)
     if made is None:
-        raise EngineUnavailable(f"{runtime} could not build {graph.name}: {'; '.join(log.errors[-3:]) or 'no reason'}")
+        raise EngineUnavailable(f"{runtime} could not build {graph.name}: {log.reason()}")
     if timing_cache is not None and (measured := config.get_timing_cache()) is not None:
         draft = timing_cache.with_suffix(".tmp")
         draft.write_bytes(bytes(measured.serialize()))
@@ -152,7 +156,28 @@ def _new_log(trt: ModuleType) -> Any:
             if severity in (trt.ILogger.Severity.INTERNAL_ERROR, trt.ILogger.Severity.ERROR):
                 self.errors.append(message.strip())
 
+        def reason(self) -> str:
+            return "; ".join(self.errors[-3:]) or "no reason given"
+
     return Log()
+
+
+def _read_plan(trt: ModuleType, log: Any, plan: bytes) -> Any:
+    engine = trt.Runtime(log).deserialize_cuda_engine(plan)
+    if engine is None:
+        raise EngineUnavailable(f"{trt.__name__} cannot read the plan: {log.reason()}")
+    return engine
+
+
+def refusal(runtime: str, plan: Path) -> str:
+    """Why the library does not open a plan, in its own words; empty where it does. It takes the memory of a context."""
+    trt = _library(runtime)
+    log = _new_log(trt)
+    try:
+        engine = _read_plan(trt, log, plan.read_bytes())
+    except EngineUnavailable as error:
+        return str(error)
+    return "" if engine.create_execution_context() is not None else str(log.reason())
 
 
 def logged_kernels(lines: Sequence[str]) -> list[str]:
@@ -162,10 +187,7 @@ def logged_kernels(lines: Sequence[str]) -> list[str]:
 
 
 def _inspected_kernels(trt: ModuleType, log: Any, plan: bytes) -> list[str]:
-    engine = trt.Runtime(log).deserialize_cuda_engine(plan)
-    if engine is None:
-        raise EngineUnavailable(f"TensorRT cannot read the plan it has just built: {'; '.join(log.errors[-3:])}")
-    inspector = engine.create_engine_inspector()
+    inspector = _read_plan(trt, log, plan).create_engine_inspector()
     return inspected_kernels(inspector.get_engine_information(trt.LayerInformationFormat.JSON))
 
 
@@ -218,21 +240,20 @@ class TensorRtRtxEngine(GpuEngine):
     """A `tensorrt-rtx` plan, run by its own library: ONNX Runtime's TensorRT provider reads TensorRT 10 plans alone."""
 
     def __init__(self, card_path: Path, card: EngineCard, threads: int, batch: int | None, slots: int = SLOTS) -> None:
-        super().__init__(card, batch, slots)
-        trt = _library(card.runtime)
-        self._log = _new_log(trt)
-        self._engine = trt.Runtime(self._log).deserialize_cuda_engine((card_path.parent / card.file).read_bytes())
-        if self._engine is None:
-            raise EngineUnavailable(f"{card.file} cannot be read ({self._words()}); build it again")
-        self._context = self._engine.create_execution_context()
-        if self._context is None or not self._context.set_input_shape(card.input_name, self.input(0).shape):
-            raise EngineUnavailable(f"{card.file} cannot run {self.card.batch} rows ({self._words()}); build it again")
+        with told_out_of_memory(f"opening {card.file}"):
+            super().__init__(card, batch, slots)
+            trt = _library(card.runtime)
+            self._log = _new_log(trt)
+            self._engine = _read_plan(trt, self._log, (card_path.parent / card.file).read_bytes())
+            self._context = self._engine.create_execution_context(trt.ExecutionContextAllocationStrategy.USER_MANAGED)
+            if self._context is None or not self._context.set_input_shape(card.input_name, self.input(0).shape):
+                raise EngineUnavailable(f"{card.file} cannot run {self.card.batch} rows: {self._log.reason()}")
+            # By itself it would take what the largest batch of its profile needs.
+            self._activations = device_array((self._context.update_device_memory_size_for_shapes(),), np.uint8)
+            self._context.set_device_memory(self._activations.pointer, self._activations.nbytes)
 
     def _enqueue(self, slot: int) -> None:
         self._context.set_tensor_address(self.card.input_name, self._inputs[slot].pointer)
         self._context.set_tensor_address(self.card.output_name, self._outputs[slot].pointer)
         if not self._context.execute_async_v3(self.stream.handle):
-            raise GpuError(f"{self.card.runtime} did not start: {self._words()}")
-
-    def _words(self) -> str:
-        return "; ".join(self._log.errors[-3:]) or "no reason given"
+            raise GpuError(f"{self.card.runtime} did not start: {self._log.reason()}")

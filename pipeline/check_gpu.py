@@ -3,15 +3,17 @@
     python -m pipeline.check_gpu                                    # into docs/benchmarks/<date>-<gpu>/
     python -m pipeline.check_gpu --pictures DIR --out DIR --only "image stage"
 
-Writes gpu_check.json, gpu_check.md and plots. Exit 0: every part ran and passed, every figure is met; 1: not so, and
-the report says which and why; 2: no GPU. Tests, questions and preparation run beside each other, measurements one by
-one. Each part is a process of its own with a time limit: a crash, a hang or a poisoned CUDA context costs one row. All
-of it ends within 8 minutes: what did not fit is a row that says so. This file imports no GPU library.
+Writes gpu_check.json and gpu_check.md, anew after each part, and plots at the end. Exit 0: every part ran and passed,
+every figure is met; 1: not so, and the report says which and why; 2: no GPU; 130: ended early, what was done is
+written. Each part is a process of its own with a time limit: a crash, a hang or a poisoned CUDA context costs one row,
+less what it had measured by then. All of it ends within 8 minutes: what did not fit is a row that says so. This file
+imports no GPU library.
 """
 
 from __future__ import annotations
 
 import argparse
+import contextlib
 import datetime
 import importlib
 import importlib.metadata
@@ -24,17 +26,22 @@ import signal
 import subprocess
 import sys
 import tempfile
+import threading
 import time
+from collections.abc import Callable
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
-from typing import Any, Literal, NamedTuple, TypeAlias
+from typing import IO, Any, Literal, TypeAlias
 
 from engines.memory_gpu import gpu_problem, gpus
+from pipeline.checks_gpu import ALONE_CHECKS, CHECKS, TOGETHER_CHECKS, Check
+from pipeline.exits import INTERRUPTED
 from pipeline.report_gpu import unmet, write_report
 from pipeline.rig_gpu import Job
 
 Status: TypeAlias = Literal["pass", "fail", "not run"]
-TOTAL_S = 460.0  # of 480: the report takes the rest
+TOTAL_S = 460.0  # of 480: what must be killed, and plots, take the rest
+KILL_S, PLOTS_S = 5.0, 12.0
 TOGETHER = 6  # processes at a time in the first phase: tests, two models, pictures, two questions
 WORK_BYTES = 24 << 30  # a RAM disk with this much room holds corpus and models
 NEEDED = ("torch", "transformers", "onnx", "nvidia.nvimgcodec", "cvcuda", "onnxruntime", "cv2", "pytest")
@@ -45,57 +52,22 @@ DISTRIBUTIONS = (
 )
 
 
-class Check(NamedTuple):
-    name: str
-    question: str
-    probe: str  # module:function
-    limit_s: float = 60.0
-
-
-# Order of both: what takes longest, or matters most, first.
-TOGETHER_CHECKS = (
-    Check("prepare ViT-L-14", "Random weights and every GPU engine of this host", "prepare_gpu:l14", 165),
-    Check("prepare ViT-B-32", "Random weights and every GPU engine of this host", "prepare_gpu:b32", 160),
-    Check("tests", "Do the GPU tests pass, none skipped for want of a GPU?", "probes_gpu:gpu_tests", 165),
-    Check("prepare pictures", "Generated JPEGs, and a corpus of them", "prepare_gpu:pictures", 120),
-    Check("a size order", "Is the size of an image (width, height), also after tvresize?", "probes_gpu:size_order"),
-    Check("b float16 out", "Does the crop write float16, and the same as float32?", "probes_gpu:float16_out"),
-    Check("c as_images", "Does CV-CUDA take decoded images with an explicit format?", "probes_gpu:as_images"),
-    Check("d row pitch", "Are pixels right when a row is no multiple of the alignment?", "probes_gpu:row_pitch"),
-    Check("e pixel levels", "How far are the pixels from the reference preprocessing?", "probes_gpu:pixel_levels"),
-    Check("f refused", "Does a batch of broken files give None in each slot?", "probes_gpu:all_refused"),
-    Check("f one", "Does a batch of one picture work?", "probes_gpu:one_picture"),
-    Check("f thin", "Do 1 x N and N x 1 pictures work?", "probes_gpu:thin_pictures"),
-    Check("f tiny", "Are pictures smaller than the target enlarged right?", "probes_gpu:tiny_pictures"),
-    Check("g canary hybrid", "Does the CUDA decoder give true pixels, none all zero?", "probes_gpu:canary_hybrid"),
-    Check("g canary engine", "Does the hardware engine give true pixels, none all zero?", "probes_gpu:canary_engine"),
-    Check("g stream race", "Are pixels whole when the next batch is decoded at once?", "probes_gpu:stream_race"),
-)
-ALONE_CHECKS = (
-    Check("index B/32", "`pipeline.index` from the page cache, images/s", "pipelines_gpu:index_b32", 90),
-    Check("pipelines", "The three pipelines that Bing published, images/s", "pipelines_gpu:pipelines", 60),
-    Check("image stage", "Decode and preprocess a batch of 32, ms", "measure_gpu:image_stage", 45),
-    Check("rates B/32", "Decode, preprocess, model, texts: each alone, rows/s", "measure_gpu:rates_b32", 60),
-    Check("latency", "One picture, bytes to vector, batch 1, ms", "measure_gpu:latency", 40),
-    Check("memory", "GPU memory of a B/32 lane; flat over 1,000 batches?", "measure_gpu:memory", 60),
-    Check("index L/14", "`pipeline.index` from the page cache, images/s", "pipelines_gpu:index_l14", 75),
-    Check("rates L/14", "Model alone, images/s", "measure_gpu:rates_l14", 45),
-    Check("replicas", "1, 2 and 4 engines on one GPU, images/s", "pipelines_gpu:replicas", 75),
-    Check("decode mixes", "JPEG decode for each mix of decoders, images/s", "measure_gpu:decode_mixes", 45),
-)
-CHECKS = TOGETHER_CHECKS + ALONE_CHECKS
-
-
 class Run:
-    """All checks of one call, against one clock."""
+    """All checks of one call, against one clock. What is done is saved at once: whoever ends it early has that much."""
 
-    def __init__(self, flags: list[str]) -> None:
-        self.flags, self.began = flags, time.monotonic()
+    def __init__(self, flags: list[str], save: Callable[[list[dict[str, Any]]], None]) -> None:
+        self.flags, self.save, self.began = flags, save, time.monotonic()
+        self.rows = {check.name: row(check, "not run", "not reached before it was ended", {}, 0.0) for check in CHECKS}
+        self.lock, self.live = threading.Lock(), set[subprocess.Popen[bytes]]()
 
-    def all(self) -> list[dict[str, Any]]:
-        with ThreadPoolExecutor(TOGETHER) as pool:
-            together = list(pool.map(self.one, TOGETHER_CHECKS))
-        return together + [self.one(check) for check in ALONE_CHECKS]
+    def all(self) -> None:
+        pool = ThreadPoolExecutor(TOGETHER)
+        try:
+            list(pool.map(self.one, TOGETHER_CHECKS))
+            for check in ALONE_CHECKS:
+                self.one(check)
+        finally:
+            pool.shutdown(wait=False, cancel_futures=True)
 
     def one(self, check: Check) -> dict[str, Any]:
         left_s = TOTAL_S - (time.monotonic() - self.began)
@@ -103,43 +75,85 @@ class Run:
             words = f"{left_s:.0f} of {TOTAL_S:.0f} s were left, it may take {check.limit_s:.0f} s"
             done = row(check, "not run", f"{words}: python -m pipeline.check_gpu --only '{check.name}'", {}, 0.0)
         else:
-            done = run_one(check, self.flags, min(check.limit_s, left_s))
-        print(f"{done['status']:8} {check.name:18} {done['answer']}", flush=True)
+            done = run_one(check, self.flags, min(check.limit_s, left_s), self.live)
+        with self.lock:
+            self.rows[check.name] = done
+            self.save(list(self.rows.values()))
+            print(f"{done['status']:8} {check.name:18} {done['answer']}", flush=True)
         return done
 
+    def end(self) -> None:
+        for process in list(self.live):
+            end_group(process)
 
-def run_one(check: Check, flags: list[str], limit_s: float) -> dict[str, Any]:
-    """Run one check in a child process; whatever happens to the child becomes a row."""
+
+def run_one(check: Check, flags: list[str], limit_s: float, live: set[subprocess.Popen[bytes]]) -> dict[str, Any]:
+    """Run one check in a child process; whatever happens to the child becomes a row. While it runs, it is in `live`."""
     command = [sys.executable, "-m", "pipeline.check_gpu", *flags, "--child", check.name]
     began = time.monotonic()
-    # A session of its own, so that at the limit its own children (lanes, compilers) go too.
-    with subprocess.Popen(
-        command, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True, errors="replace", start_new_session=True
-    ) as process:
+    # Files, because whoever survives a child would hold its pipes open, and we would wait for their end.
+    with tempfile.TemporaryFile() as stdout, tempfile.TemporaryFile() as stderr:
+        # A session of its own, so that its own children (lanes, compilers) end with it.
         try:
-            stdout, stderr = process.communicate(timeout=limit_s)
+            process = subprocess.Popen(command, stdout=stdout, stderr=stderr, start_new_session=True)
+        except OSError as error:
+            return row(check, "fail", f"could not be started: {error}", {}, 0.0)
+        live.add(process)
+        end = ""
+        try:
+            if code := process.wait(limit_s):
+                end = f"the process died: {signal.Signals(-code).name if code < 0 else f'exit {code}'}"
         except subprocess.TimeoutExpired:
-            os.killpg(process.pid, signal.SIGKILL)
-            _, stderr = process.communicate()
-            return row(check, "fail", f"did not come back in {limit_s:.0f} s", {"stderr": _tail(stderr)}, limit_s)
+            end = f"did not come back in {limit_s:.0f} s"
+        finally:
+            end_group(process)
+            live.discard(process)
+        lines, words = (_text(file) for file in (stdout, stderr))
+    evidence, told = _told(lines)
+    evidence |= {"stderr": re.sub(r"\x1b\[[\d;]*m", "", words).strip()[-2000:]}
     seconds = time.monotonic() - began
-    try:
-        told: dict[str, Any] = json.loads(stdout.strip().split("\n")[-1])
-    except ValueError:
-        code = process.returncode
-        how = signal.Signals(-code).name if code < 0 else f"exit {code}"
-        return row(check, "fail", f"the process died: {how}", {"stderr": _tail(stderr)}, seconds)
-    return row(check, told["status"], told["answer"], told["evidence"] | {"stderr": _tail(stderr)}, seconds)
+    if told is None:
+        return row(check, "fail", end or "the process said nothing", evidence, seconds)
+    answer = f"{told['answer']} (then {end})" if end else told["answer"]  # as when a library fails while it is unloaded
+    return row(check, told["status"], answer, evidence, seconds)
+
+
+def end_group(process: subprocess.Popen[bytes]) -> None:
+    """Kill a process and all of its group. One that hangs in the driver does not even die: it is left behind."""
+    with contextlib.suppress(ProcessLookupError):
+        os.killpg(process.pid, signal.SIGKILL)
+    with contextlib.suppress(subprocess.TimeoutExpired):
+        process.wait(KILL_S)
+
+
+def _text(file: IO[bytes]) -> str:
+    file.seek(0)
+    return file.read().decode(errors="replace")
+
+
+def _told(lines: str) -> tuple[dict[str, Any], dict[str, Any] | None]:
+    """All evidence that a child gave, and its finding, if it came to one: see `rig_gpu.tell`."""
+    evidence: dict[str, Any] = {}
+    finding = None
+    for line in lines.splitlines():
+        try:
+            told = json.loads(line)
+        except ValueError:
+            continue
+        if not isinstance(told, dict) or not isinstance(told.get("evidence"), dict):
+            continue
+        for key, value in told["evidence"].items():
+            both = isinstance(value, dict) and isinstance(evidence.get(key), dict)
+            evidence[key] = evidence[key] | value if both else value
+        if {"status", "answer"} <= told.keys():
+            finding = told
+    return evidence, finding
 
 
 def row(check: Check, status: Status, answer: str, evidence: dict[str, Any], seconds: float) -> dict[str, Any]:
     kept = {key: value for key, value in evidence.items() if value != ""}
     told = {"status": status, "answer": answer, "evidence": kept, "seconds": round(seconds, 1)}
     return check._asdict() | told
-
-
-def _tail(text: str) -> str:
-    return re.sub(r"\x1b\[[\d;]*m", "", text).strip()[-2000:]
 
 
 def child(check: Check, job: Job) -> dict[str, Any]:
@@ -222,25 +236,42 @@ def main() -> int:
         (check,) = [check for check in CHECKS if check.name == args.child]
         print(json.dumps(child(check, Job(args.work, args.pictures))))
         return 0
-    work = work_folder()
-    try:
-        run = Run([f"--work={work}", *([f"--pictures={args.pictures}"] if args.pictures else [])])
-        if args.only:
-            rows = [run.one(check) for check in CHECKS if check.name == args.only or check.name.startswith("prepare ")]
-        else:
-            rows = run.all()
-    finally:
-        shutil.rmtree(work, ignore_errors=True)
-    today = datetime.date.today().isoformat()
+    gpu, today = describe(), datetime.date.today().isoformat()
     command = " ".join(["python -m pipeline.check_gpu", *sys.argv[1:]])
-    report = {"schema": 2, "date": today, "command": command, "gpu": describe(), "versions": versions(), "checks": rows}
-    passed = all(one["status"] == "pass" for one in rows)
-    if args.only:
-        return 0 if passed else 1
-    name = re.sub(r"[^a-z0-9]+", "-", describe()["name"].lower()).strip("-")
-    written = write_report(args.out or Path("docs/benchmarks") / f"{today}-{name}", report)
-    print(f"written: {', '.join(map(str, written))}")
-    return 0 if passed and not unmet(rows) else 1
+    report = {"schema": 2, "date": today, "command": command, "gpu": gpu, "versions": versions()}
+    name = re.sub(r"[^a-z0-9]+", "-", gpu["name"].lower()).strip("-")
+    out = args.out or Path("docs/benchmarks") / f"{today}-{name}"
+
+    def save(rows: list[dict[str, Any]]) -> None:
+        if not args.only:
+            write_report(out, report | {"checks": rows})
+
+    work = work_folder()
+    run = Run([f"--work={work}", *([f"--pictures={args.pictures}"] if args.pictures else [])], save)
+    signal.signal(signal.SIGTERM, signal.default_int_handler)  # a job that is ended from outside is ended as by Ctrl-C
+    try:
+        if args.only:
+            asked = [check for check in CHECKS if check.name == args.only or check.name.startswith("prepare ")]
+            return 0 if all(run.one(check)["status"] == "pass" for check in asked) else 1
+        run.all()
+    except KeyboardInterrupt:
+        print(f"ended early; what is done is in {out}", file=sys.stderr)
+        return INTERRUPTED
+    finally:
+        run.end()
+        shutil.rmtree(work, ignore_errors=True)
+    draw(out)
+    print(f"written: {', '.join(str(path) for path in sorted(out.iterdir()))}")
+    rows = list(run.rows.values())
+    return 0 if all(one["status"] == "pass" for one in rows) and not unmet(rows) else 1
+
+
+def draw(out: Path) -> None:
+    """Plots, in a process of their own: nothing that goes wrong there may cost the report."""
+    try:
+        subprocess.run([sys.executable, "-m", "pipeline.report_gpu", str(out)], timeout=PLOTS_S)
+    except subprocess.TimeoutExpired:
+        print(f"no plots in {PLOTS_S:.0f} s: python -m pipeline.report_gpu {out}", file=sys.stderr)
 
 
 if __name__ == "__main__":

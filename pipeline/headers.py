@@ -47,6 +47,7 @@ MAGIC: tuple[tuple[bytes, Kind], ...] = (
 HEIF_BRANDS = (b"heic", b"heix", b"heim", b"heis", b"hevc", b"hevx", b"mif1", b"msf1")
 
 JPEG_SOS, JPEG_EOI = 0xDA, 0xD9
+SEGMENT = struct.Struct(">BBH").unpack_from  # 0xff, marker, length
 JPEG_SEGMENTS_MAX = 20_000  # before the first scan; a profile and XMP of 16 MB each have 500. 2 us each, in Python
 JPEG_SOF = frozenset({*range(0xC0, 0xD0)} - {0xC4, 0xC8, 0xCC})  # start of frame; the three others are tables
 JPEG_SOF_PROGRESSIVE = frozenset({0xC2, 0xC6, 0xCA, 0xCE})
@@ -94,20 +95,20 @@ def _jpeg_segments(encoded: bytes) -> Iterator[tuple[int, int, int]]:
 
     It gives up after `JPEG_SEGMENTS_MAX`, as if garbage followed.
     """
-    at, left = 2, JPEG_SEGMENTS_MAX
-    while left and at + 4 <= len(encoded) and encoded[at] == 0xFF:
-        marker = encoded[at + 1]
-        if marker == 0xFF:  # padding
+    at, left, last_at = 2, JPEG_SEGMENTS_MAX, len(encoded) - 4
+    while left and at <= last_at:
+        start, marker, length = SEGMENT(encoded, at)
+        if start == 0xFF == marker:  # padding
             at += 1
             continue
-        length = int.from_bytes(encoded[at + 2 : at + 4], "big")
-        if length < 2:
+        if start != 0xFF or length < 2:
             return
-        yield marker, at, at + 2 + length
+        end = at + 2 + length
+        yield marker, at, end
         left -= 1
         if marker == JPEG_SOS:
             return
-        at += 2 + length
+        at = end
 
 
 def has_endless_segments(encoded: bytes) -> bool:

@@ -20,7 +20,9 @@ from tokenizers import Tokenizer
 
 import engines
 from pipeline.baseline_opencv import OpenCv
+from pipeline.batch import Batch
 from pipeline.line_gpu import (
+    CORES,
     Line,
     batches,
     engine_rate,
@@ -32,7 +34,8 @@ from pipeline.line_gpu import (
     stream,
 )
 from pipeline.prepare_gpu import B32, L14, artifact, pool, runtimes
-from pipeline.rig_gpu import CPU, HYBRID, CannotRun, Decoder, Finding, Job, mixed
+from pipeline.rig_gpu import CPU, HYBRID, CannotRun, Decoder, Finding, Job, mixed, tell
+from pipeline.stages_cpu import CpuStages
 
 STAGE_ROWS = 32  # the published image stage is timed per batch of 32
 MEMORY_BATCHES, MEMORY_LIMIT_S, FLAT_MIB = 1000, 40.0, 256
@@ -50,7 +53,9 @@ def image_stage(job: Job) -> Finding:
         sizes[name] = {"gpu": gpu, "opencv": cpu, "kB": round(sum(map(len, encoded)) / STAGE_ROWS / 1000)}
         figures[f"image stage {name}"] = gpu["total"]
         figures[f"image stage {name} over OpenCV"] = round(cpu["total"] / gpu["total"], 2)
-    return Finding(True, f"{figures}", {"figures": figures, "ms": sizes})
+        tell(figures=figures, ms=sizes)
+    answer = f"{figures}; GPU with {CORES} decode threads, OpenCV with one"
+    return Finding(True, answer, {"figures": figures, "ms": sizes, "decode_threads": {"gpu": CORES, "opencv": 1}})
 
 
 def _gpu_ms(line: Line, encoded: list[bytes]) -> dict[str, float]:
@@ -94,6 +99,7 @@ def decode_mixes(job: Job) -> Finding:
             raise RuntimeError(f"{name}: {failed} of {len(pictures)} pictures were not decoded")
         step = partial(_decode_step, decoder, pictures)
         rates[name] = round(per_second(step, decoder.stream.synchronize, 1.5))
+        tell(rates=rates)
     best = max(rates, key=lambda name: rates[name])
     return Finding(True, f"best {best}: {rates[best]} img/s; all: {rates}", {"rates": rates})
 
@@ -104,7 +110,7 @@ def _decode_step(decoder: Decoder, pictures: list[bytes]) -> int:
 
 
 def rates_b32(job: Job) -> Finding:
-    """What UForm tables for its encoders: pictures and texts, preprocessed and encoded, per second."""
+    """What UForm tables for its encoders, here for the GPU: pictures preprocessed and encoded, per second."""
     best = runtimes(job, B32)[0]
     line = Line(job, B32, best)
     pictures = list(islice(batches(pool(job, "500"), line.rows), 4))
@@ -121,14 +127,39 @@ def rates_b32(job: Job) -> Finding:
         return line.rows
 
     held: deque[Any] = deque(maxlen=2)
-    figures = {"B/32 decode alone": per_second(decode, line.stages.stream.synchronize)}
+    figures = {"B/32 decode alone": round(per_second(decode, line.stages.stream.synchronize))}
     held.clear()
-    figures["B/32 decode and preprocess alone"] = per_second(stage, line.stages.stream.synchronize)
-    figures |= {f"B/32 {runtime} alone": _alone(job, B32, runtime) for runtime in runtimes(job, B32)}
+    figures["B/32 decode and preprocess alone"] = round(per_second(stage, line.stages.stream.synchronize))
+    tell(figures=figures)
+    for runtime in runtimes(job, B32):
+        figures[f"B/32 {runtime} alone"] = round(_alone(job, B32, runtime))
+        tell(figures=figures)
     figures["B/32 model alone"] = figures[f"B/32 {best} alone"]
+    return Finding(True, f"{figures}; {CORES} decode threads", _rates(figures, batch=line.rows, engine=best))
+
+
+def rates_cpu(job: Job) -> Finding:
+    """The same stages on the CPU, beside nothing else: exact decode and preprocess, the reference engine, and texts."""
+    spec = lane_spec(job, B32, "ort-cpu")
+    engine = engines.open_engine(artifact(job, B32), "vision", "ort-cpu", threads=CORES)
+    stages, encoded = CpuStages(spec.preprocess, CORES), pool(job, "500")
+    pixels_nchw = np.empty((len(encoded), 3, spec.preprocess.size, spec.preprocess.size), np.float32)
+
+    def stage() -> int:
+        if failed := stages(Batch(np.arange(len(encoded)), list(encoded)), pixels_nchw).failed:
+            raise RuntimeError(f"{len(failed)} of {len(encoded)} sound pictures failed: {failed}")
+        return len(encoded)
+
+    figures = {"decode and preprocess on the CPU": round(per_second(stage, lambda: None))}
+    stages.close()
+    tell(figures=figures)
+    figures["B/32 ort-cpu alone"] = round(engine_rate(engine))
     figures |= _text_rates(job)
-    figures = {name: round(value) for name, value in figures.items()}
-    return Finding(True, f"{figures}", {"figures": figures, "batch": line.rows, "engine": best})
+    return Finding(True, f"{figures}; {CORES} threads for each", _rates(figures, engine_threads=CORES))
+
+
+def _rates(figures: dict[str, int], **beside: object) -> dict[str, Any]:
+    return {"figures": figures, "decode_threads": CORES, **beside}
 
 
 def rates_l14(job: Job) -> Finding:
@@ -141,7 +172,7 @@ def _alone(job: Job, arch: str, runtime: str) -> float:
     return engine_rate(open_engine(lane_spec(job, arch, runtime)))
 
 
-def _text_rates(job: Job) -> dict[str, float]:
+def _text_rates(job: Job) -> dict[str, int]:
     """Queries are answered on the CPU, one or a few at a time."""
     found = artifact(job, B32)
     tokenizer, engine = Tokenizer.from_file(str(found.tokenizer_json)), engines.open_engine(found, "text")
@@ -156,8 +187,8 @@ def _text_rates(job: Job) -> dict[str, float]:
         engine.launch(0, len(ids))
         return len(engine.result(0))
 
-    label = f"texts encoded, {engine.card.runtime}"
-    return {"texts preprocessed": per_second(tokenize, lambda: None, 1.0), label: per_second(encode, lambda: None, 1.0)}
+    steps = {"texts preprocessed": tokenize, f"texts encoded, {engine.card.runtime}": encode}
+    return {name: round(per_second(step, lambda: None, 1.0)) for name, step in steps.items()}
 
 
 def latency(job: Job) -> Finding:
@@ -177,6 +208,7 @@ def latency(job: Job) -> Finding:
             line.vectors(0, 1)
             times.append(1000 * (time.perf_counter() - began))
         told[runtime] = [round(float(np.percentile(times[30:], p)), 2) for p in (50, 90, 99)]
+        tell(percentiles=told)
     if not told:
         raise CannotRun(f"no engine runs single pictures: {refused}")
     figures = {"one picture p50": min(p50 for p50, _, _ in told.values())}

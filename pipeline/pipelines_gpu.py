@@ -17,7 +17,7 @@ from pipeline.baseline_opencv import OpenCv
 from pipeline.bench import index_command, last_json
 from pipeline.line_gpu import CORES, Line, batches, engine_rate, lane_spec, open_engine, per_second, stream
 from pipeline.prepare_gpu import B32, L14, artifact, pool, root, runtimes
-from pipeline.rig_gpu import Finding, Job, module
+from pipeline.rig_gpu import Finding, Job, module, tell
 
 LARGE_LIMIT_S = 30.0  # a root that would take longer is not indexed: the small one is, instead
 
@@ -28,16 +28,19 @@ def pipelines(job: Job) -> Finding:
     best, rates = available[0], {}
     if "cuda" in available:
         rates["OpenCV + ORT CUDA"] = round(_opencv_rate(job, "cuda", pictures, threads=1))
+    tell(rates=rates)
     if best != "cuda":
         rates[f"OpenCV + {best}"] = round(_opencv_rate(job, best, pictures, threads=1))
     rates[f"OpenCV in {CORES} threads + {best}"] = round(_opencv_rate(job, best, pictures, CORES))
+    tell(rates=rates)
     line = Line(job, B32, best)
     with stream(line.fill, line.engine, pictures) as step:
         rates[f"full GPU + {best}"] = full = round(per_second(step, lambda: None))
     baseline = rates.get("OpenCV + ORT CUDA")
     figures = {"full GPU over OpenCV + ORT CUDA": round(full / baseline, 2)} if baseline else {}
-    answer = f"img/s (divide by 32 for batches/s): {rates}"
-    return Finding(True, answer, {"figures": figures, "rates": rates, "batch": line.rows, "best engine": best})
+    answer = f"img/s (divide by 32 for batches/s): {rates}; {CORES} decode threads in the last two, one before"
+    evidence = {"rates": rates, "batch": line.rows, "best engine": best, "decode_threads": CORES}
+    return Finding(True, answer, {"figures": figures, **evidence})
 
 
 def _opencv_rate(job: Job, runtime: str, pictures: list[bytes], threads: int) -> float:
@@ -72,16 +75,21 @@ def index_b32(job: Job) -> Finding:
     return end_to_end(job, B32, "B/32")
 
 
+def index_b32_twice(job: Job) -> Finding:
+    """Two lanes on one GPU: each with a reader, a decoder and an interpreter lock of its own."""
+    return end_to_end(job, B32, "B/32 twice", "gpu:0,gpu:0")
+
+
 def index_l14(job: Job) -> Finding:
     return end_to_end(job, L14, "L/14")
 
 
-def end_to_end(job: Job, arch: str, short: str) -> Finding:
+def end_to_end(job: Job, arch: str, short: str, devices: str = "gpu:0") -> Finding:
     """`pipeline.index` on two roots; the difference is the rate, so that start-up, the same for both, is left out."""
     runtime = runtimes(job, arch)[0]
-    first = _index(job, arch, runtime, "middle")
+    first = _index(job, arch, runtime, "middle", devices)
     large_s = first["seconds"] * root(job, "large")[1] / first["embedded"]
-    second = _index(job, arch, runtime, "large" if large_s < LARGE_LIMIT_S else "small")
+    second = _index(job, arch, runtime, "large" if large_s < LARGE_LIMIT_S else "small", devices)
     small, big = sorted((first, second), key=lambda one: int(one["embedded"]))
     pictures, seconds = (big[key] - small[key] for key in ("embedded", "seconds"))
     rate = round(pictures / seconds) if seconds > 0 else 0
@@ -90,12 +98,12 @@ def end_to_end(job: Job, arch: str, short: str) -> Finding:
     return Finding(rate > 0, answer, {"figures": {f"{short} end to end": rate}, "runs": [small, big]})
 
 
-def _index(job: Job, arch: str, runtime: str, name: str) -> dict[str, Any]:
+def _index(job: Job, arch: str, runtime: str, name: str, devices: str) -> dict[str, Any]:
     folder, count = root(job, name)
     shutil.rmtree(out := job.work / f"index-{arch}", ignore_errors=True)
     os.environ["NIGHTJAR_ARTIFACTS"] = str(job.work / "artifacts" / arch)
     command = index_command(folder, out, artifact(job, arch).spec.model)
-    told = last_json([*command, "--devices", "gpu:0", "--runtime", runtime])
+    told = last_json([*command, "--devices", devices, "--runtime", runtime])
     if told["embedded"] != count:
         raise RuntimeError(f"embedded {told['embedded']} of {count}: {told}")
     return told
@@ -111,6 +119,7 @@ def replicas(job: Job) -> Finding:
             worker.daemon = True  # dies with this process, which has a time limit
             worker.start()
         rates[count] = round(sum(told.get(timeout=60) for _ in workers))
+        tell(figures={f"B/32 replicas {count}": rates[count]})
         for worker in workers:
             worker.join()
     figures = {f"B/32 replicas {count}": rate for count, rate in rates.items()}

@@ -69,8 +69,14 @@ def model(job: Job, arch: str) -> Finding:
     if not built:
         raise CannotRun(f"no engine of {arch} could be built: {told}")
     cards = [card for _, card in artifact(job, arch).cards() if card.tower == "vision" and card.runtime in built]
-    rows = {f"{card.runtime} {card.precision}": {"batch": card.batch, "parity": card.parity} for card in cards}
-    return Finding(all(card.passed for card in cards), f"{told}", {"told": told, "engines": rows})
+    rows = {
+        f"{card.runtime} {card.precision}": {"batch": card.batch, "parity": card.parity, "fused": card.fused_attention}
+        for card in cards
+    }
+    layers = artifact(job, arch).spec.vision.layers
+    fused = all(card.fused_attention == layers for card in cards if card.runtime == "tensorrt")
+    words = "" if fused else f"; a plan does not hold one attention kernel for each of {layers} layers"
+    return Finding(fused and all(card.passed for card in cards), f"{told}{words}", {"told": told, "engines": rows})
 
 
 def _build(folder: Path, runtime: str, environment: dict[str, str]) -> str:

@@ -6,6 +6,7 @@ numbers behind it.
 
 from __future__ import annotations
 
+import importlib.util
 import os
 import subprocess
 import sys
@@ -37,21 +38,41 @@ from pipeline.rig_gpu import (
 # Decoders alone, before the resize averages their rounding away.
 DECODE_MEAN_LEVELS_MAX = 1.0
 TESTS = Path(__file__).resolve().parents[1] / "tests"
+FUSION = TESTS / "test_fusion_gpu.py"
 BROKEN = (b"", b"not a picture", b"\xff\xd8\xff\xe0" + bytes(60))
 
 
 def gpu_tests(job: Job) -> Finding:
-    """Those marked `gpu`; REQUIRE_GPU turns a skip for want of a GPU into a failure."""
     # By name: to collect every file, pytest would import what this host need not have.
-    files = [str(path) for path in sorted(TESTS.glob("test_*gpu*.py"))]
-    command = [sys.executable, "-m", "pytest", "-m", "gpu", "-p", "no:cacheprovider", "-rfEs", *files]
-    done = subprocess.run(command, capture_output=True, text=True, env=os.environ | {"REQUIRE_GPU": "1"})
-    if "No module named pytest" in done.stderr:
-        raise CannotRun(done.stderr.strip())
-    lines = done.stdout.strip().splitlines()
+    return _pytest("gpu and not alone", [path for path in sorted(TESTS.glob("test_*gpu*.py")) if path != FUSION])
+
+
+def gpu_tests_alone(job: Job) -> Finding:
+    return _pytest("gpu and alone", sorted(TESTS.glob("test_*gpu*.py")))
+
+
+def fused_attention(job: Job) -> Finding:
+    if not any(importlib.util.find_spec(name) for name in ("tensorrt", "tensorrt_rtx")):
+        raise CannotRun("neither TensorRT nor TensorRT-RTX is installed, and nothing else fuses attention by itself")
+    return _pytest("gpu", [FUSION])
+
+
+def _pytest(marked: str, files: list[Path]) -> Finding:
+    """REQUIRE_GPU turns a skip for want of a GPU into a failure."""
+    command = [sys.executable, "-m", "pytest", "-vv", "-m", marked, "-p", "no:cacheprovider", "-rfEs", *map(str, files)]
+    environment, lines = os.environ | {"REQUIRE_GPU": "1"}, []
+    with subprocess.Popen(
+        command, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True, env=environment
+    ) as process:
+        assert process.stdout is not None
+        for line in process.stdout:
+            sys.stderr.write(line)  # kept where this process is ended at its limit: it names the test that hangs
+            sys.stderr.flush()
+            lines.append(line.strip())
+    if any("No module named pytest" in line for line in lines):
+        raise CannotRun(lines[-1])
     told = [line[:300] for line in lines if line.startswith(("FAILED", "ERROR", "SKIPPED"))]
-    last = lines[-1] if lines else done.stderr[-300:]
-    return Finding(done.returncode == 0, last, {"told": told, "output": done.stdout[-6000:]})
+    return Finding(process.returncode == 0, lines[-1] if lines else "pytest said nothing", {"told": told})
 
 
 def size_order(job: Job) -> Finding:

@@ -1,5 +1,7 @@
 """What check_gpu found, as JSON, Markdown and plots: figures against their bars, and what could not run, and why.
 
+    python -m pipeline.report_gpu docs/benchmarks/2026-11-22-nvidia-h200    # draws what gpu_check.json there holds
+
 `unmet(rows)` names the figures that were measured and miss their bar.
 """
 
@@ -7,6 +9,7 @@ from __future__ import annotations
 
 import importlib
 import json
+import sys
 from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -56,14 +59,25 @@ def unmet(rows: Rows) -> list[str]:
     return [name for name, value in figures(rows).items() if name in BARS and not BARS[name].met(value)]
 
 
-def write_report(out: Path, report: dict[str, Any]) -> list[Path]:
-    """gpu_check.json, gpu_check.md and a PNG for each plot there is something for; their paths."""
+def write_report(out: Path, report: dict[str, Any]) -> None:
+    """gpu_check.json and gpu_check.md, without plots."""
     out.mkdir(parents=True, exist_ok=True)
     report["figures"] = figures(report["checks"])
-    (data := out / "gpu_check.json").write_text(json.dumps(report, indent=1) + "\n")
-    plots, reason = draw(report["checks"], out)
-    (text := out / "gpu_check.md").write_text(markdown(report, plots, reason))
-    return [data, text, *plots]
+    _write(out / "gpu_check.json", json.dumps(report, indent=1) + "\n")
+    _write(out / "gpu_check.md", markdown(report, [], "not drawn yet"))
+
+
+def _write(path: Path, text: str) -> None:
+    (draft := path.with_suffix(".tmp")).write_text(text)
+    draft.replace(path)  # whoever ends us leaves the last whole one
+
+
+def main(arguments: Sequence[str]) -> int:
+    """Draw the plots of a report that is written, and name them in its Markdown."""
+    (out,) = map(Path, arguments)
+    report = json.loads((out / "gpu_check.json").read_text())
+    _write(out / "gpu_check.md", markdown(report, *draw(report["checks"], out)))
+    return 0
 
 
 def markdown(report: dict[str, Any], plots: Sequence[Path], no_plots: str) -> str:
@@ -158,3 +172,7 @@ def _decode_mixes(axes: Any, evidence: Any) -> None:
     axes.bar_label(axes.bar(list(evidence["rates"]), list(evidence["rates"].values())), fmt="{:,.0f}")
     axes.tick_params(axis="x", labelrotation=30)
     axes.set(ylabel="images/s", title="JPEG decode, 500 x 375, by share of the hardware engine")
+
+
+if __name__ == "__main__":
+    sys.exit(main(sys.argv[1:]))

@@ -14,7 +14,6 @@ differ.
 from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
-from contextlib import contextmanager
 from dataclasses import dataclass, field
 from itertools import pairwise
 from typing import Any, cast
@@ -30,7 +29,9 @@ from engines.memory_gpu import (
     copy_to_device,
     copy_to_host,
     device_array,
+    has_room,
     pinned_array,
+    told_out_of_memory,
 )
 from engines.spec import Artifact, Preprocess
 from pipeline.batch import Batch, DeviceUnavailable, Posted
@@ -39,6 +40,7 @@ from pipeline.stages_cpu import CpuStages
 
 CACHE_BYTES = 1 << 30  # CV-CUDA keeps freed buffers by exact shape, by default up to half of the GPU
 PART_BYTES = 512 << 20  # of decoded pixels in GPU memory at a time, for each of the engine's buffers
+DECODER_BYTES = 6  # a pixel: three of RGB, and as many in the planes that a decoder makes it from
 NO_FLIP = 2  # 0 would turn pictures upside down
 # IDCT, chroma interpolation and resize round each on their own. On the golden pictures at 224, bilinear for bicubic is
 # 0.5 to 1.0 levels off on average and more than 4 in 0.05 to 1.7 % of pixels, a shift by one pixel 2.6 and 21 %.
@@ -76,10 +78,11 @@ class GpuStages:
         self.pre = pre
         self.stream = Stream()
         self.cv_stream = cvcuda.as_stream(self.stream.handle)
-        self.codec = Codec(threads, self.stream.handle)
         levels = 255 * np.array([pre.mean, pre.std], np.float32)
         self.base, self.scale = self._constant(levels[0]), self._constant(1 / levels[1])
-        self.black = self.codec.upload(np.zeros((pre.size, pre.size, 3), np.uint8))  # stands in for rows of the CPU
+        with told_out_of_memory("the decoder"):
+            self.codec = Codec(threads, self.stream.handle)
+            self.black = self.codec.upload(np.zeros((pre.size, pre.size, 3), np.uint8))  # stands in for rows of the CPU
         self.slots: dict[int, Slot] = {}
         self.on_cpu = CpuStages(pre, threads, posted)
 
@@ -93,7 +96,7 @@ class GpuStages:
         if batch.encoded is None or out.shape[1:] != shape or len(out) < rows:
             have = "no encoded pictures" if batch.encoded is None else f"{rows} pictures"
             raise ValueError(f"expected encoded pictures and a buffer (>= rows, {shape}), got {have}, {out.shape}")
-        with told_out_of_memory(rows):
+        with told_out_of_memory(f"decoding and resizing {rows} pictures"):
             slot = self._slot(batch.slot, len(out))
             pixels = [gpu_pixels(encoded, self.pre) for encoded in batch.encoded]
             done: set[int] = set()
@@ -124,12 +127,20 @@ class GpuStages:
         if not rows:
             return set()
         decoded = dict(zip(rows, self.codec.decode([batch.encoded[row] for row in rows]), strict=True))
+        if len(rows) > 1:  # one that does not fit by itself takes the CPU stage: no batch would be small enough
+            self._expect_room([pixels[row] for row, image in decoded.items() if image is None])
         images = [self.black if decoded.get(row) is None else decoded[row] for row in range(start, stop)]
         # Hardware decoders were seen to write without waiting for the stream: a buffer given back while the resize of
         # its last picture is still queued may be overwritten. So all of a batch stays until its vectors are out.
         slot.held.append(images)
         self._resize_crop(images, out.rows(stop, start), slot, start, stop)
         return {row for row, image in decoded.items() if image is not None}
+
+    def _expect_room(self, refused: Sequence[int]) -> None:
+        """A full GPU looks like a broken picture: nvImageCodec gives None for both. So ask for what was missing."""
+        nbytes = DECODER_BYTES * sum(refused)
+        if refused and not has_room(nbytes, self.stream):
+            raise OutOfGpuMemory(f"decoding {len(refused)} pictures ({nbytes:,} bytes) does not fit in GPU memory")
 
     def _resize_crop(self, images: list[Any], out: DeviceArray, slot: Slot, start: int, stop: int) -> None:
         """Shortest edge to S, the long one cut to whole pixels; crop offset int((d - S) / 2); (x - mean) / std."""
@@ -194,18 +205,6 @@ def parts(pixels: Sequence[int], limit_bytes: int = PART_BYTES) -> Iterator[tupl
             start, held_bytes = row, 0
         held_bytes += 3 * count
     yield start, len(pixels)
-
-
-@contextmanager
-def told_out_of_memory(rows: int) -> Iterator[None]:
-    """CV-CUDA and nvImageCodec say it in words only."""
-    try:
-        yield
-    except RuntimeError as error:
-        words = str(error)
-        if "out of memory" in words.lower() or "OUT_OF_MEMORY" in words or "cudaErrorMemoryAllocation" in words:
-            raise OutOfGpuMemory(f"decoding and resizing {rows} pictures: {words}") from error
-        raise
 
 
 def canary(stages: GpuStages, artifact: Artifact, buffers: Sequence[DeviceArray]) -> None:

@@ -20,6 +20,7 @@ os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
 
 def pytest_configure(config: pytest.Config) -> None:
     config.addinivalue_line("markers", "gpu: needs an NVIDIA GPU; skipped without one, a failure under REQUIRE_GPU=1")
+    config.addinivalue_line("markers", "alone: weighs the whole GPU's memory, so nothing else may use it meanwhile")
 
 
 @pytest.hookimpl(tryfirst=True)

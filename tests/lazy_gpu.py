@@ -41,6 +41,7 @@ class LazyRuntime:
         self.ran: dict[int, int] = {}
         self.waits = 0
         self.bytes_left = 1 << 40
+        self.last_error = 0
 
     def run(self, stream: int, until: int) -> None:
         while self.ran[stream] < until:
@@ -71,11 +72,22 @@ class LazyRuntime:
 
     def cudaMalloc(self, nbytes: int) -> tuple[int, int]:
         if nbytes > self.bytes_left:
+            self.last_error = memory_gpu.OUT_OF_MEMORY
             return memory_gpu.OUT_OF_MEMORY, 0
         self.bytes_left -= nbytes
         block = (ctypes.c_uint8 * nbytes).from_buffer(bytearray(b"\x7e" * nbytes))  # NaN in every float
         self.blocks[ctypes.addressof(block)] = block
         return 0, ctypes.addressof(block)
+
+    def cudaMallocAsync(self, nbytes: int, stream: int) -> tuple[int, int]:
+        return self.cudaMalloc(nbytes)
+
+    def cudaFreeAsync(self, pointer: int, stream: int) -> tuple[int]:
+        return self.cudaFree(pointer)
+
+    def cudaGetLastError(self) -> tuple[int]:
+        found, self.last_error = self.last_error, 0
+        return (found,)
 
     def cudaHostAlloc(self, nbytes: int, flags: int) -> tuple[int, int]:
         return self.cudaMalloc(nbytes)

@@ -18,7 +18,7 @@ import pytest
 from PIL import Image
 
 from pipeline import check_gpu, report_gpu, rig_gpu
-from pipeline.check_gpu import ALONE_CHECKS, CHECKS, TOGETHER_CHECKS, Check
+from pipeline.checks_gpu import ALONE_CHECKS, CHECKS, TOGETHER_CHECKS, Check
 
 ROOT = Path(__file__).resolve().parents[1]
 GPU = {"name": "Test GPU 9000", "sm": "sm90"}
@@ -63,14 +63,14 @@ def test_every_part_names_a_function_and_none_needs_a_gpu_library_to_import() ->
 
 
 def run_main(monkeypatch: pytest.MonkeyPatch, out: Path, status: str, figures: dict[str, float]) -> int:
-    def one(self: Any, check: Check) -> dict[str, Any]:
+    def one(check: Check, *_: object) -> dict[str, Any]:
         mine = check.name == ALONE_CHECKS[0].name
         return finished(check, status if check is CHECKS[-1] else "pass", figures if mine else None)
 
     monkeypatch.setattr(check_gpu, "gpu_problem", lambda: "")
     monkeypatch.setattr(check_gpu, "describe", lambda: GPU)
-    monkeypatch.setattr(check_gpu.Run, "one", one)
-    monkeypatch.setattr(report_gpu, "draw", lambda rows, folder: ([], "not in this test"))
+    monkeypatch.setattr(check_gpu, "run_one", one)
+    monkeypatch.setattr(check_gpu, "draw", lambda out: None)
     monkeypatch.setattr(sys, "argv", ["check_gpu", "--out", str(out)])
     return check_gpu.main()
 
@@ -149,7 +149,7 @@ def test_whatever_the_child_does_becomes_a_row(
     monkeypatch: pytest.MonkeyPatch, tmp_path: Path, code: str, status: str, words: str
 ) -> None:
     use_as_child(monkeypatch, tmp_path, f"import sys\nsys.stderr.write('\\x1b[31mred words\\x1b[0m')\n{code}\n")
-    one = check_gpu.run_one(CHECK, [], 60)
+    one = check_gpu.run_one(CHECK, [], 60, set())
     assert (one["status"], one["answer"]) == (status, words)
     assert one["evidence"]["stderr"].startswith("red words")
 
@@ -163,7 +163,7 @@ def test_a_part_that_hangs_becomes_a_row_and_takes_its_own_children_along(
     code += "sleeper = subprocess.Popen([sys.executable, '-c', 'import time; time.sleep(600)'])\n"
     code += f"pathlib.Path({str(note)!r}).write_text(str(sleeper.pid))\nsleeper.wait()\n"
     use_as_child(monkeypatch, tmp_path, code)
-    one = check_gpu.run_one(CHECK, [], 3)
+    one = check_gpu.run_one(CHECK, [], 3, set())
     assert (one["status"], one["answer"]) == ("fail", "did not come back in 3 s")
     stat = Path(f"/proc/{note.read_text()}/stat")
     for _ in range(50):
@@ -186,7 +186,7 @@ def test_a_part_that_no_longer_fits_is_not_started(monkeypatch: pytest.MonkeyPat
         raise AssertionError("it was started")
 
     monkeypatch.setattr(check_gpu, "run_one", never)
-    run = check_gpu.Run([])
+    run = check_gpu.Run([], lambda rows: None)
     run.began -= check_gpu.TOTAL_S - 10
     one = run.one(CHECK)
     assert one["status"] == "not run"
@@ -215,6 +215,8 @@ def test_a_missing_library_is_not_run_and_an_error_is_a_failure(
 def test_what_was_not_prepared_is_not_run_and_names_the_row_to_look_at(tmp_path: Path) -> None:
     job = rig_gpu.Job(tmp_path, None)
     for check in ALONE_CHECKS:
+        if check.name == "tests alone":  # they prepare what they need
+            continue
         told = check_gpu.child(check, job)
         assert (told["status"], "see the row `prepare" in told["answer"]) == ("not run", True), told
 
@@ -248,3 +250,100 @@ def test_the_bar_on_pixels_rejects_the_wrong_resize_and_a_turned_picture() -> No
     small = rig_gpu.upright(encoded).resize((224, 298), Image.Resampling.BILINEAR).crop((0, 37, 224, 261))
     bilinear = np.asarray(small, dtype=np.float32).transpose(2, 0, 1)
     assert not rig_gpu.close(rig_gpu.distance(bilinear, want)), "bilinear for bicubic"
+
+
+# ---- the whole of it, with parts that do their worst -----------------------------------------------------------------
+
+WORST = """
+import ctypes, json, os, signal, subprocess, sys, time
+from engines.memory_gpu import Stream
+from pipeline.rig_gpu import Finding, Job, tell
+
+def good(job): return Finding(True, "good", {"figures": {"good": 1}})
+def error(job): raise RuntimeError("an error")
+def crash(job): tell(figures={"before the crash": 2}); ctypes.string_at(0)
+def hang(job):
+    signal.signal(signal.SIGTERM, signal.SIG_IGN)
+    tell(figures={"before the hang": 3})
+    time.sleep(600)
+def noise(job): print("3\\n[]\\n{"); print(json.dumps({"evidence": 1})); os._exit(0)
+def silence(job): os._exit(0)
+def late(job):
+    import atexit
+    atexit.register(lambda: ctypes.string_at(0))
+    return Finding(True, "measured", {})
+def survivor(job):
+    subprocess.Popen([sys.executable, "-c", "import time; time.sleep(8)"], start_new_session=True)
+    return Finding(True, "left a child that holds its pipes", {})
+def poison(job):
+    import fake_runtime
+    fake_runtime.fault()
+    Stream()
+def full(job): open("/dev/full", "w").write(70000 * " ")
+"""
+ORDERS = """
+import os, sys
+from pathlib import Path
+sys.path[1:1] = {places!r}
+exec(Path({fake!r}).read_text())
+from pipeline import checks_gpu
+def make(names, limit_s): return tuple(checks_gpu.Check(name, "", "worst:" + name, limit_s) for name in names)
+checks_gpu.TOGETHER_CHECKS, checks_gpu.ALONE_CHECKS = make({together!r}, 3.0), make({alone!r}, 3.0)
+checks_gpu.CHECKS = checks_gpu.TOGETHER_CHECKS + checks_gpu.ALONE_CHECKS
+import pipeline
+pipeline.__path__.append({folder!r})
+"""
+PARTS = ("error", "crash", "hang", "noise", "silence", "late", "survivor", "poison", "full")
+
+
+def start_worst(folder: Path, together: tuple[str, ...], alone: tuple[str, ...]) -> subprocess.Popen[str]:
+    """`python -m pipeline.check_gpu` on stand-in GPUs, its parts replaced."""
+    (folder / "worst.py").write_text(WORST)
+    fake = ROOT / "tests" / "fake_gpu"
+    values = {"places": [str(fake), str(ROOT)], "fake": str(fake / "sitecustomize.py"), "folder": str(folder)}
+    (folder / "sitecustomize.py").write_text(ORDERS.format(**values, together=together, alone=alone))
+    environment = os.environ | {"PYTHONPATH": f"{folder}:{fake}:{ROOT}"}
+    command = [sys.executable, "-m", "pipeline.check_gpu", "--out", str(folder / "out")]
+    return subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True, env=environment)
+
+
+def test_whatever_parts_do_the_others_run_and_the_report_is_written(tmp_path: Path) -> None:
+    began = time.monotonic()
+    with start_worst(tmp_path, PARTS, ("good",)) as process:
+        shown, errors = process.communicate(timeout=120)
+    assert process.returncode == 1, errors
+    assert time.monotonic() - began < 60
+    report = json.loads((tmp_path / "out" / "gpu_check.json").read_text())
+    rows = {one["name"]: (one["status"], one["answer"]) for one in report["checks"]}
+    assert rows == {
+        "error": ("fail", "RuntimeError: an error"),
+        "crash": ("fail", "the process died: SIGSEGV"),
+        "hang": ("fail", "did not come back in 3 s"),
+        "noise": ("fail", "the process said nothing"),
+        "silence": ("fail", "the process said nothing"),
+        "late": ("pass", "measured (then the process died: SIGSEGV)"),
+        "survivor": ("pass", "left a child that holds its pipes"),
+        "poison": ("fail", "GpuError: cudaStreamCreateWithFlags failed with code 719: unspecified launch failure"),
+        "full": ("fail", "OSError: [Errno 28] No space left on device"),
+        "good": ("pass", "good"),
+    }
+    assert report["figures"] == {"before the crash": 2, "before the hang": 3, "good": 1}
+    assert "| hang |" in (tmp_path / "out" / "gpu_check.md").read_text()
+    assert len(shown.splitlines()) == len(PARTS) + 2, shown
+
+
+def test_a_check_that_is_ended_early_leaves_what_is_done_and_nobody_behind(tmp_path: Path) -> None:
+    with start_worst(tmp_path, ("good",), ("hang", "late")) as process:
+        written = tmp_path / "out" / "gpu_check.json"
+        for _ in range(300):
+            if written.exists() and any(row["status"] == "pass" for row in json.loads(written.read_text())["checks"]):
+                break
+            time.sleep(0.1)
+        time.sleep(0.5)
+        process.terminate()
+        _, errors = process.communicate(timeout=30)
+    assert process.returncode == 130
+    assert "ended early; what is done is in" in errors
+    rows = {row["name"]: row for row in json.loads(written.read_text())["checks"]}
+    assert rows["good"]["status"] == "pass"
+    assert (rows["late"]["status"], rows["late"]["answer"]) == ("not run", "not reached before it was ended")

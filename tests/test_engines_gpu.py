@@ -149,6 +149,7 @@ def test_memory_that_does_not_fit_is_told_with_the_remedy(artifact: Artifact, ru
         cpu_engine(artifact)
     gc.collect()
     assert cpu_engine(artifact, batch=1).card.batch == 1  # what the failed one took came back
+    assert runtime.last_error == 0, "ONNX Runtime would take it for a failure of its own"
 
 
 @pytest.mark.parametrize(
@@ -156,6 +157,8 @@ def test_memory_that_does_not_fit_is_told_with_the_remedy(artifact: Artifact, ru
     [
         "Failed to allocate memory for requested buffer of size 123",
         "CUDA failure 2: out of memory ; GPU=0",
+        "CUDA Runtime failure: '#2' at /src/device_buffer.cpp:61",
+        "NVCV_ERROR_OUT_OF_MEMORY: not enough",
         "CUBLAS failure: CUBLAS_STATUS_ALLOC_FAILED",
         "[defaultAllocator.cpp::allocate::58] Error Code 1: Cuda Runtime (In allocate: out of memory)",
     ],
@@ -163,10 +166,10 @@ def test_memory_that_does_not_fit_is_told_with_the_remedy(artifact: Artifact, ru
 def test_memory_that_runs_out_inside_onnx_runtime_is_told_as_such(words: str) -> None:
     with (
         pytest.raises(OutOfGpuMemory, match="256 rows does not fit in GPU memory"),
-        ort_gpu.told_out_of_memory("256 rows"),
+        memory_gpu.told_out_of_memory("256 rows"),
     ):
         raise onnxruntime.capi.onnxruntime_pybind11_state.Fail(words)
-    with pytest.raises(ValueError, match="else"), ort_gpu.told_out_of_memory("256 rows"):
+    with pytest.raises(ValueError, match="else"), memory_gpu.told_out_of_memory("256 rows"):
         raise ValueError("something else")
 
 

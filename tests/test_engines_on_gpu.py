@@ -68,6 +68,7 @@ def test_a_plan_on_this_gpu_has_its_attention_fused(on_gpu: Artifact) -> None:
     assert card.fused_attention == on_gpu.spec.vision.layers
 
 
+@pytest.mark.alone
 def test_memory_of_a_gpu_engine_comes_back(on_gpu: Artifact) -> None:
     from cuda.bindings import runtime as cuda
 

@@ -132,9 +132,7 @@ def vectors(out: Path) -> dict[str, npt.NDArray[np.float16]]:
         return dict(zip(file["key"].asstr()[:], file["embeddings"][:], strict=True))
 
 
-def test_an_index_from_a_gpu_is_that_of_the_cpu(
-    indexes: dict[str, tuple[Ran, Path]], shared_data: Path
-) -> None:
+def test_an_index_from_a_gpu_is_that_of_the_cpu(indexes: dict[str, tuple[Ran, Path]], shared_data: Path) -> None:
     expect = {row["path"]: row["expect"] for row in manifest(shared_data)}
     (_, cpu_out), (ran, gpu_out) = indexes["cpu"], indexes["gpu:0"]
     assert ran.report["decoders"]["nvimgcodec"] > 300
@@ -152,6 +150,7 @@ def test_an_index_from_a_gpu_is_that_of_the_cpu(
     assert not strangers
 
 
+@pytest.mark.alone
 def test_a_thousand_batches_leave_memory_flat(gpu_model: Path) -> None:
     """Ever new sizes, which is what makes caches grow that are keyed by shape. Reader and store are not part of it."""
     from cuda.bindings import runtime as cuda

@@ -45,8 +45,8 @@ prepare_gpu.CORPUS = dict(zip(prepare_gpu.CORPUS, (10, 40, 60)))
 if __name__ == "__main__":
     job, told = Job(Path(sys.argv[1]), None), {}
     prepare_gpu.pictures(job)
-    for module, names in ((measure_gpu, ("image_stage", "rates_b32", "latency", "memory")),
-                          (pipelines_gpu, ("pipelines", "index_b32", "replicas"))):
+    for module, names in ((measure_gpu, ("image_stage", "rates_b32", "rates_cpu", "latency", "memory")),
+                          (pipelines_gpu, ("pipelines", "index_b32", "index_b32_twice", "replicas"))):
         for name in names:
             finding = getattr(module, name)(job)
             told[name] = {"ok": finding.ok, "evidence": finding.evidence}
@@ -70,8 +70,16 @@ def told(tiny_model: Path, tmp_path_factory: pytest.TempPathFactory) -> Told:
 
 def test_every_measurement_comes_to_its_end(told: Told) -> None:
     """Of 50 and 110 pictures start-up takes so long that their difference may be no rate: the rows are what counts."""
-    assert {name for name, one in told.items() if one["ok"]} >= set(told) - {"index_b32"}
-    assert [run["embedded"] for run in told["index_b32"]["evidence"]["runs"]] == [50, 110]
+    assert {name for name, one in told.items() if one["ok"]} >= set(told) - {"index_b32", "index_b32_twice"}
+    for name in ("index_b32", "index_b32_twice"):
+        assert [run["embedded"] for run in told[name]["evidence"]["runs"]] == [50, 110]
+    assert len(told["index_b32_twice"]["evidence"]["runs"][-1]["lanes"]) == 2
+
+
+def test_rates_say_how_many_threads_decoded(told: Told) -> None:
+    rates = {name: told[name]["evidence"]["decode_threads"] for name in ("rates_b32", "rates_cpu", "pipelines")}
+    assert set(rates.values()) == {len(os.sched_getaffinity(0))}
+    assert told["rates_cpu"]["evidence"]["figures"]["decode and preprocess on the CPU"] > 0
 
 
 def test_every_bar_has_a_measurement(told: Told) -> None:

@@ -209,6 +209,27 @@ def test_no_room_is_said_in_one_way(module: ModuleType, stages: Any, monkeypatch
         stages(Batch(np.arange(2), SOUND[:2], slot=0), buffer(2))
 
 
+def test_a_full_gpu_is_not_taken_for_broken_pictures(
+    stages: Any, runtime: LazyRuntime, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """nvImageCodec gives None for both. Rows that it merely refuses go to the CPU stage, unseen by the user."""
+    plain, out = LazyCodec.decode, buffer(12)
+    monkeypatch.setattr(
+        LazyCodec, "decode", lambda self, encoded: ([*plain(self, encoded)[:-3]] + 3 * [None])[-len(encoded) :]
+    )
+    batch = stages(Batch(np.arange(12), list(SOUND), slot=0), out)
+    assert batch.decoders == {"nvimgcodec": 9, "simplejpeg": 3}
+    stages.stream.synchronize()
+    runtime.bytes_left = 10_000
+    with pytest.raises(OutOfGpuMemory, match=r"decoding 3 pictures \(\d+,\d+ bytes\) does not fit in GPU memory"):
+        stages(Batch(np.arange(12), list(SOUND), slot=0), out)
+    alone = stages(Batch(np.arange(1), SOUND[:1], slot=0), out)  # no batch is smaller
+    assert (alone.decoders, alone.failed) == ({"simplejpeg": 1}, {})
+    stages.stream.synchronize()
+    runtime.bytes_left = 1 << 30
+    assert stages(Batch(np.arange(12), list(SOUND), slot=0), out).failed == {}
+
+
 def test_wrong_buffers_are_refused(stages: Any) -> None:
     with pytest.raises(ValueError, match=r"2 pictures, \(1, 3, 32, 32\)"):
         stages(Batch(np.arange(2), SOUND[:2], slot=0), buffer(1))

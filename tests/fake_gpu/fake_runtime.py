@@ -2,6 +2,7 @@
 
     FAKE_GPU = {"folder": "...", "gpus": 2,          where it keeps what outlives a process; how many GPUs there are
                 "bytes": 300000,                     memory of each
+                "room": 2,                           pictures of a batch whose pixels fit beside all else
                 "dies": {"0": 5}, "for_ever": true,  GPU 0 faults at its fifth batch; once, or from then on
                 "wrong": [1],                        GPUs that decode every picture to zeros
                 "after": {"cpu": ["gpu:0"]},         the CPU's lane starts when GPU 0's has started or failed to
@@ -106,6 +107,18 @@ def cudaMalloc(nbytes: int) -> tuple[object, ...]:
         return FULL, 0
     used_bytes += nbytes
     return _done(_new(nbytes))
+
+
+def cudaMallocAsync(nbytes: int, stream: int) -> tuple[object, ...]:
+    return (FULL, 0) if "room" in ORDERS else cudaMalloc(nbytes)
+
+
+def cudaFreeAsync(pointer: int, stream: int) -> tuple[object, ...]:
+    return cudaFree(pointer)
+
+
+def cudaGetLastError() -> tuple[object, ...]:
+    return (_fault,)
 
 
 def cudaHostAlloc(nbytes: int, flags: int) -> tuple[object, ...]:

@@ -85,6 +85,8 @@ def patch_stages() -> None:
             if any(picture.endswith(b"GPU-HANG") for picture in encoded):
                 time.sleep(3600)
             images = super().decode(encoded)
+            if (room := fake_runtime.ORDERS.get("room")) is not None:
+                images[room:] = [None] * len(images[room:])
             if fake_runtime.mine() in fake_runtime.ORDERS.get("wrong", ()):
                 images = [self.upload(np.zeros((image.height, image.width, 3), np.uint8)) for image in images]
             return images
