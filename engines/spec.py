@@ -112,6 +112,13 @@ class EngineCard:
     kernels: int = 0  # that one run launches on a GPU, where the compiler lists them
     fused_attention: int = 0  # of them, those that hold a whole attention
 
+    @property
+    def identity(self) -> str:
+        """Runtime, precision and a digest of all that decides the bits of a vector, of nothing that was measured:
+        `aoti-cpu int8 0a1b2c3d4e5f6a7b`. Stored with the vectors."""
+        made_of = (self.tower, self.host, self.weights_digest, self.file_digest, self.compiled_rows, self.versions)
+        return f"{self.runtime} {self.precision} {digest_json((self.runtime, self.precision, *made_of))[:16]}"
+
     def to_json(self) -> str:
         return json.dumps(asdict(self), indent=2) + "\n"
 

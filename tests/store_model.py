@@ -36,7 +36,9 @@ def item(key: str, content: bytes, **extra: Any) -> Item:
     return Item(key, b"at:" + key.encode(), len(content), **{"mtime_ns": mtime, **extra})
 
 
-def embed(store: Store, pictures: Mapping[str, bytes], space: str = SPACE, chunk: int = 50) -> list[Committed]:
+def embed(
+    store: Store, pictures: Mapping[str, bytes], space: str = SPACE, chunk: int = 50, engine: str = ""
+) -> list[Committed]:
     """What lanes and coordinator do together: read what is pending, compute what is new, commit chunk by chunk."""
     committed = []
     while todo := store.pending(chunk):
@@ -57,7 +59,7 @@ def embed(store: Store, pictures: Mapping[str, bytes], space: str = SPACE, chunk
             by_hash = {content_hash(content): content for content in contents}
             vectors = np.stack([vector_of(by_hash[digest], space) for digest in done])
             ids = np.array([outcome.id for outcome in done.values()], np.int64)
-            shard = write_shard(store.shard_path(), vectors, ids, list(done), {"space": space})
+            shard = write_shard(store.shard_path(), vectors, ids, list(done), {"space": space, "engine": engine})
         committed.append(store.commit_chunk(shard, [*done.values(), *outcomes]))
     return committed
 
@@ -70,6 +72,7 @@ def run(
     space: str = SPACE,
     chunk: int = 50,
     metadata: Mapping[str, Mapping[str, Any]] | None = None,
+    engine: str = "",
 ) -> int:
     """One whole run; returns the number of the generation."""
     with Store.open(out, space, DIM) as store:
@@ -78,7 +81,7 @@ def run(
         for start in range(0, len(listed), 1000):
             store.observe(listed[start : start + 1000])
         store.finish_listing()
-        embed(store, pictures, space, chunk)
+        embed(store, pictures, space, chunk, engine)
         number = store.publish({"tower": "test"}, {})
     assert number is not None, "another model's generation is shown"
     return number

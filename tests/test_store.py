@@ -30,6 +30,7 @@ from pipeline.store import (
     content_hash,
     fold,
     map_embeddings,
+    table,
     write_shard,
 )
 
@@ -122,6 +123,22 @@ def test_metadata_of_any_kind_is_stored(tmp_path: Path) -> None:
         "a/b": 1, "": "empty", ".": 2, "nul\ufffd": "x\ufffdy", "lone": "\ufffd", "big": str(2**70),
         "mixed": "3", "flag": 1, "%2F": "ä", "line": "a\nb",
     }  # fmt: skip
+
+
+def test_records_that_name_their_fields_at_random_do_not_make_a_column_each(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
+    monkeypatch.setattr(table, "COLUMNS_MAX", 4)
+    monkeypatch.setattr(table, "NAMES_MAX", 20)
+    metadata = {key: {"taxon": "bird", f"field {number}": number} for number, key in enumerate(some(30))}
+    for night in (1, 2):
+        caplog.clear()
+        assert run(tmp_path, some(29 + night), metadata=metadata) == night
+        assert "more than 4 names; index.h5 has the 4 most frequent as columns" in caplog.text
+        with Generation.open(tmp_path) as generation, h5py.File(tmp_path / "index.h5", locking=False) as file:
+            assert len(file["metadata"]) == 4
+            assert all(values["taxon"] == "bird" for values in generation.metadata(np.arange(30)))
+            assert file["metadata"].attrs["left_out"] > 4
 
 
 def test_publishing_is_idempotent_and_keeps_three(tmp_path: Path) -> None:

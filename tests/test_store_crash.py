@@ -23,10 +23,12 @@ import h5py
 import numpy as np
 import pytest
 from store_model import DIM, PHOTOS, SPACE, assert_shows, by_key, embed, item, run, some, vector_of
+from test_store_amend import assert_same_as_whole, written_whole
 
 from pipeline.store import (
     Generation,
     Store,
+    amend,
     content_hash,
     files,
     fold,
@@ -98,6 +100,7 @@ STEPS = {"open", "os.mkdir", "os.rename", "os.remove", "os.rmdir", "os.symlink",
 def kill_at_every_step(folder: Path) -> None:
     """Every change to a folder raises an audit event, transactions are traced; the k-th run dies at the k-th step."""
     fold.SMALL_MAX, fold.SEGMENT_ROWS = 3, 10
+    amend.TOUCHED_SHARE_MAX = 1.0  # the last table is amended, not written whole
     base = folder / "base"
     for count in (6, 12, 24):
         run(base, dict(list(BEFORE.items())[:count]), chunk=5)
@@ -125,6 +128,7 @@ def kill_at_every_step(folder: Path) -> None:
 
         return work
 
+    amended = 0
     for step in range(1, 1000):
         out = folder / f"step{step}"
         shutil.copytree(base, out, symlinks=True)
@@ -134,11 +138,15 @@ def kill_at_every_step(folder: Path) -> None:
             keys = by_key(generation).keys()
         assert keys in (BEFORE.keys() - {"bad"}, AFTER.keys()), "readers see the old night or the new one"
         assert_whole(out, contents)
-        run(out, AFTER, chunk=5)
+        number = run(out, AFTER, chunk=5)
         assert_shows(out, AFTER)
         assert_whole(out, contents)
+        if step % 3 == 0:
+            assert_same_as_whole(out, number, SPACE)
+        amended += written_whole(out) < number
         shutil.rmtree(out)
         if status == 0:
+            assert amended > step / 2, f"only {amended} of {step} generations were amended"
             assert step > 40, f"only {step} steps were seen: the hook does not see the store's work"
             return
         assert status == -signal.SIGKILL

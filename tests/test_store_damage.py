@@ -6,12 +6,13 @@ import os
 import sqlite3
 import subprocess
 import sys
+from contextlib import closing
 from pathlib import Path
 
 import h5py
 import numpy as np
 import pytest
-from store_model import DIM, SPACE, run, shown_by_h5py, some
+from store_model import DIM, PHOTOS, SPACE, item, run, shown_by_h5py, some
 
 from pipeline.store import (
     Generation,
@@ -95,9 +96,38 @@ def test_what_cannot_be_understood_is_refused(tmp_path: Path) -> None:
     db.execute("UPDATE meta SET value = 99 WHERE key = 'schema'")
     db.commit()
     db.close()
-    with pytest.raises(StoreError, match="schema 99, this version of nightjar reads 1"):
+    with pytest.raises(StoreError, match="schema 99, this version of nightjar reads 2"):
         Store.open(tmp_path, SPACE, DIM)
     (tmp_path / "manifest.sqlite").unlink()
     with pytest.raises(StoreDamaged, match=r"manifest.sqlite: expected the manifest of shards/000001-000001.h5"):
         Store.open(tmp_path, SPACE, DIM)
     assert list((tmp_path / "shards").iterdir()), "without a manifest nothing is swept"
+
+
+def test_a_link_that_leads_to_no_generation_is_named(tmp_path: Path) -> None:
+    run(tmp_path, some(5))
+    (tmp_path / "current").unlink()
+    (tmp_path / "current").symlink_to("elsewhere")
+    with pytest.raises(StoreError, match=r"'elsewhere', expected .*generations/<number>; .*verify --repair"):
+        run(tmp_path, some(6))
+
+
+def test_what_the_disk_refuses_the_manifest_is_said_with_its_name(tmp_path: Path) -> None:
+    """Also to those who only know SQLite's own errors."""
+    with Store.open(tmp_path, SPACE, DIM) as store:
+        store.begin_run(PHOTOS)
+        pages = store._db.execute("PRAGMA page_count").fetchone()[0]
+        store._db.execute(f"PRAGMA max_page_count = {pages}")
+        items = [item(key, content) for key, content in some(2000).items()]
+        with pytest.raises(sqlite3.OperationalError, match=r"manifest.sqlite: .*full.*make room, and run the same"):
+            store.observe(items)
+        store._db.execute("PRAGMA max_page_count = 1000000")
+        store._db.execute("PRAGMA busy_timeout = 0")
+        with closing(sqlite3.connect(tmp_path / "manifest.sqlite", isolation_level=None)) as other:
+            other.execute("BEGIN IMMEDIATE")
+            with pytest.raises(StoreError, match=r"manifest.sqlite: database is locked .*another program holds it"):
+                store.observe(items)
+        assert store.observe(items).new == 2000
+        with pytest.raises(sqlite3.OperationalError, match="no such table: nowhere") as raised:
+            store._db.execute("SELECT * FROM nowhere")
+        assert not isinstance(raised.value, StoreError), "a fault of ours keeps its name"

@@ -1,5 +1,6 @@
 """The store: what exists, what is published. `Store` writes (one process), `Generation` reads (any number)."""
 
+from pipeline.store.ann import Turn
 from pipeline.store.files import Locked, NoIndex, StoreDamaged, StoreError, content_hash
 from pipeline.store.generation import Block, Generation, Picture
 from pipeline.store.listing import Container, Observed, Preview, Scope
@@ -25,6 +26,7 @@ __all__ = [
     "Store",
     "StoreDamaged",
     "StoreError",
+    "Turn",
     "content_hash",
     "map_embeddings",
     "show_generation",

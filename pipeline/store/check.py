@@ -38,6 +38,7 @@ What: TypeAlias = Literal[
     "duplicate id",
     "norm",
     "generation",  # generation.json against the manifest
+    "ann out of step",  # graphs against the generation that names them
     "index out of step",  # rows of index.h5 against the manifest and the data files
     "wrong link",
     "vector",  # not what its picture gives when it is embedded again
@@ -70,6 +71,7 @@ class Broken:
     rows: set[tuple[int, int]] = field(default_factory=set)  # shard and row of a vector
     contents: set[tuple[bytes, int]] = field(default_factory=set)  # content hash and space of a vector
     generations: set[int] = field(default_factory=set)
+    graphs: set[str] = field(default_factory=set)  # files of approximate search
     republish: bool = False  # the manifest is right and what readers see is not
 
 
@@ -155,10 +157,11 @@ def read_shards(db: sqlite3.Connection) -> tuple[list[Shard], dict[int, str]]:
     spaces = {number: (name, dim) for number, name, dim in db.execute("SELECT id, name, dim FROM space")}
     shards: list[Shard] = []
     start = 0
-    for number, name, space, rows, size, digest, offset in db.execute(
-        "SELECT id, name, space, rows, bytes, digest, offset FROM shard ORDER BY id"
+    for number, space, name, rows, size, digest, offset, engine in db.execute(
+        "SELECT id, space, name, rows, bytes, digest, offset, engine FROM shard ORDER BY id"
     ):
-        shards.append(Shard(number, space, start, ShardInfo(name, rows, spaces[space][1], size, digest, offset)))
+        info = ShardInfo(name, rows, spaces[space][1], size, digest, offset, engine)
+        shards.append(Shard(number, space, start, info))
         start += rows
     return shards, {number: name for number, (name, _) in spaces.items()}
 

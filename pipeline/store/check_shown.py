@@ -17,7 +17,9 @@ import h5py
 import numpy as np
 import numpy.typing as npt
 
+from pipeline.store.ann import names_of
 from pipeline.store.check import Contents, Health, Prints, among, few, look_at, prints, read_shards
+from pipeline.store.check_ann import check_graphs
 from pipeline.store.files import GENERATION_SCHEMA, digest_file
 from pipeline.store.manifest import LIVE, read_state
 from pipeline.store.publish import pinned
@@ -67,6 +69,7 @@ def check_generations(out: Path, db: sqlite3.Connection, contents: Contents, hea
         if content is None:
             continue
         _check_files(out, entry, content, infos, bad, remedy, health)
+        check_graphs(out, entry.number, content, is_shown, remedy, health)
         if not is_shown:
             continue
         try:
@@ -117,7 +120,8 @@ def _read_json(out: Path, entry: Kept, space: str, remedy: str, health: Health) 
     where = f"generations/{entry.number}/generation.json"
     try:
         content: dict[str, Any] = json.loads((out / where).read_text(encoding="utf-8"))
-        got = (content["schema"], content["number"], content["space"], {file["name"] for file in content["files"]})
+        named = {*(file["name"] for file in content["files"]), *names_of(content.get("ann"))}
+        got = (content["schema"], content["number"], content["space"], named)
     except (OSError, ValueError, KeyError, TypeError) as error:
         health.broken.generations.add(entry.number)
         health.add("generation", where, "the JSON of a generation", f"{type(error).__name__}: {error}", remedy)

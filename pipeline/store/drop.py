@@ -10,14 +10,18 @@ from __future__ import annotations
 import sqlite3
 from pathlib import Path
 
+from pipeline.store.ann import FOLDER
 from pipeline.store.check import PLACED, Broken
-from pipeline.store.manifest import bump_state, transaction
+from pipeline.store.manifest import bump_state, forget_basis, transaction
 from pipeline.store.publish import shown_generation, sweep, switch
 
 
 def drop_broken(out: Path, db: sqlite3.Connection, broken: Broken) -> list[tuple[str, str, str, str]]:
     """Forget it, durably, and put the links right. Returns the sources that have pictures to embed again: kind, root,
     options in JSON, and the name of the space they are indexed in."""
+    for name in broken.graphs:  # first, so that no later publish takes it for sound; readers have it mapped
+        if name.startswith(f"{FOLDER}/"):
+            (out / name).unlink(missing_ok=True)
     with transaction(db):
         db.execute("CREATE TEMP TABLE broken_row(shard INTEGER, row INTEGER, PRIMARY KEY(shard, row)) WITHOUT ROWID")
         db.executemany("INSERT INTO broken_row VALUES (?, ?)", sorted(broken.rows))
@@ -35,6 +39,7 @@ def drop_broken(out: Path, db: sqlite3.Connection, broken: Broken) -> list[tuple
         ).rowcount
         if gone or lost or broken.contents or broken.republish:
             bump_state(db)
+            forget_basis(db)  # what is wrong may be in the last generation: nothing of it is taken over
     newest = db.execute("SELECT max(number) FROM generation").fetchone()[0]
     if newest is not None:
         switch(db, out, newest)

@@ -35,7 +35,7 @@ class StoreDamaged(StoreError):
 
     def __init__(self, path: Path, expected: str, found: str, remedy: str) -> None:
         super().__init__(f"{path}: expected {expected}, found {found}. {remedy}")
-        self.path = path
+        self.path, self.expected, self.found = path, expected, found
 
 
 def digest_file(path: Path) -> str:

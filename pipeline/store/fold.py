@@ -10,92 +10,23 @@ from __future__ import annotations
 
 import sqlite3
 from collections.abc import Iterator, Sequence
-from dataclasses import dataclass
 from pathlib import Path
-from typing import TypeAlias
 
 import h5py
 import numpy as np
 import numpy.typing as npt
 
 from pipeline.store.files import StoreDamaged
-from pipeline.store.listing import FETCH_ROWS, Bits
-from pipeline.store.manifest import LIVE, next_id, transaction
+from pipeline.store.manifest import next_id, transaction
+from pipeline.store.places import DataFile
 from pipeline.store.shards import PIECE_ROWS, Piece, ShardInfo, check_file, write_pieces
-
-Ids: TypeAlias = npt.NDArray[np.int64]
 
 SEGMENT_ROWS = 400_000
 FILES_MAX = 256  # data files of one generation
 SMALL_MAX = 32  # files of less than half a segment; more are folded. 32 new descriptors fit any limit
 DEAD_SHARE_MAX = 0.25  # of a file's rows, before it is written anew
+UNKNOWN = "unknown"  # engine of a part that was written before engines were recorded, beside others
 RUNS_MAX = 65_536  # stretches of live rows in one generation: 0.7 s to write as a virtual dataset, 0.2 s to open
-
-
-@dataclass(slots=True, eq=False)
-class DataFile:
-    """A data file and who shows its vectors: 8 bytes a row, 800 MB at 100 M."""
-
-    number: int  # shard id of the manifest
-    info: ShardInfo
-    ids: Ids  # per row: the first input that shows it, 0 where it is dead
-    repeats: Ids  # (k, 2) row and input, ordered: further inputs with the same content
-
-    @property
-    def live(self) -> Bits:
-        live: Bits = self.ids != 0
-        return live
-
-    @property
-    def live_rows(self) -> int:
-        return int(np.count_nonzero(self.ids))
-
-    def runs(self) -> Ids:
-        """(k, 2): first row and count of each stretch of live rows."""
-        edges = np.flatnonzero(np.diff(self.live, prepend=False, append=False))
-        return np.stack([edges[::2], edges[1::2] - edges[::2]], axis=1)
-
-
-def scan(db: sqlite3.Connection, space: int, dim: int) -> tuple[list[DataFile], dict[int, str]]:
-    """Every data file of a space with the inputs that show its rows; and the marks of the few that have one."""
-    shards = db.execute(
-        "SELECT id, name, rows, bytes, digest, offset FROM shard WHERE space = ? ORDER BY id", (space,)
-    ).fetchall()
-    starts = np.cumsum([0] + [shard[2] for shard in shards])
-    start_of = np.zeros(next_id(db, "shard"), np.int64)
-    start_of[[shard[0] for shard in shards]] = starts[:-1]
-    ids = np.zeros(starts[-1], np.int64)  # over the rows of all files, one after the other
-    repeats = [np.empty((0, 2), np.int64)]
-    marks: dict[int, str] = {}
-    # CROSS JOIN fixes the order: walk the inputs by id, look the vector up by its primary key.
-    cursor = db.execute(
-        "SELECT v.shard, v.row, i.id, v.mark FROM input i CROSS JOIN vector v "
-        f"WHERE v.content_hash = i.content_hash AND v.space = ? AND {LIVE} ORDER BY i.id",
-        (space,),
-    )
-    while part := cursor.fetchmany(FETCH_ROWS):
-        shard_of, row_of, id_of, mark_of = zip(*part, strict=True)
-        marks.update((number, mark) for number, mark in zip(id_of, mark_of, strict=True) if mark)
-        place = start_of[np.array(shard_of)] + np.array(row_of)
-        shows = np.array(id_of, np.int64)
-        first = np.zeros(len(part), np.bool_)
-        first[np.unique(place, return_index=True)[1]] = True
-        first &= ids[place] == 0
-        ids[place[first]] = shows[first]
-        repeats.append(np.stack([place[~first], shows[~first]], axis=1))
-    again = np.concatenate(repeats)
-    again = again[np.lexsort((again[:, 1], again[:, 0]))]
-    cuts = np.searchsorted(again[:, 0], starts)
-    files = [
-        DataFile(
-            number,
-            ShardInfo(name, rows, dim, size, digest, offset),
-            ids[starts[at] : starts[at + 1]],
-            again[cuts[at] : cuts[at + 1]] - [starts[at], 0],
-        )
-        for at, (number, name, rows, size, digest, offset) in enumerate(shards)
-    ]
-    return files, marks
 
 
 def plan(files: Sequence[DataFile]) -> list[list[DataFile]]:
@@ -132,7 +63,8 @@ def fold(db: sqlite3.Connection, out: Path, space: int, name: str, group: Sequen
     if rows:
         pieces = (piece for file in group for piece in live_pieces(out, file))
         path = out / "segments" / f"{number:08d}.h5"
-        info = write_pieces(path, rows, group[0].info.dim, pieces, {"space": name})
+        attrs = {"space": name, "engine": engines_of([file.info for file in group if file.live_rows])}
+        info = write_pieces(path, rows, group[0].info.dim, pieces, attrs)
     with transaction(db):
         if info is not None:
             register(db, space, info)
@@ -167,13 +99,20 @@ def fold(db: sqlite3.Connection, out: Path, space: int, name: str, group: Sequen
         np.stack([np.cumsum(file.live)[file.repeats[:, 0]] - 1 + start, file.repeats[:, 1]], axis=1)
         for file, start in zip(group, starts, strict=False)
     ]
-    return DataFile(number, info, np.concatenate([file.ids[file.live] for file in group]), np.concatenate(repeats))
+    shows = np.concatenate([file.shows[file.live] for file in group])
+    return DataFile(number, info, shows, np.concatenate(repeats))
+
+
+def engines_of(parts: Sequence[ShardInfo]) -> str:
+    """Who made the vectors of a segment: the engine of its parts, or all of them where they do not agree."""
+    names = {name for part in parts for name in (part.engine or UNKNOWN).split(", ")}
+    return "" if names == {UNKNOWN} else ", ".join(sorted(names))
 
 
 def register(db: sqlite3.Connection, space: int, info: ShardInfo) -> int:
     number = db.execute(
-        "INSERT INTO shard(name, space, rows, bytes, digest, offset) VALUES (?, ?, ?, ?, ?, ?)",
-        (info.name, space, info.rows, info.bytes, info.digest, info.offset),
+        "INSERT INTO shard(name, space, rows, bytes, digest, offset, engine) VALUES (?, ?, ?, ?, ?, ?, ?)",
+        (info.name, space, info.rows, info.bytes, info.digest, info.offset, info.engine),
     ).lastrowid
     assert number is not None
     return number
@@ -192,6 +131,6 @@ def live_pieces(out: Path, source: DataFile) -> Iterator[Piece]:
     with h5py.File(out / source.info.name, "r", locking=False) as file:
         for start in range(0, source.info.rows, PIECE_ROWS):
             piece = slice(start, start + PIECE_ROWS)
-            live = source.ids[piece] != 0
+            live = source.shows[piece] != 0
             if live.any():
                 yield file["embeddings"][piece][live], file["id"][piece][live], file["content_hash"][piece][live]

@@ -31,6 +31,7 @@ from pipeline.store.shards import F16, ShardInfo, check_file, map_embeddings
 
 Check = Literal["size", "digest"]
 ID_PIECE = 1 << 20
+COLUMN_PIECE = 1 << 16  # rows of a column at once, some MB of texts
 
 
 class Picture(NamedTuple):
@@ -47,6 +48,7 @@ class Block:
     emb_nd: np.memmap[Any, F16]
     first_row: int  # row of index.h5 that its first live vector has
     runs: npt.NDArray[np.int64]  # (k, 2): first position and count of each stretch of live vectors
+    engine: str = ""  # as `ShardInfo.engine`
 
     @property
     def live(self) -> int:
@@ -72,6 +74,7 @@ class Generation:
         self.rows: int = content["rows"]
         self.spec: dict[str, Any] = content["spec"]
         self.extra: dict[str, Any] = content["extra"]
+        self.ann: dict[str, Any] | None = content.get("ann")  # of `graphs`; None: exact search alone
         self.sources = {entry.pop("id"): Scope(**entry) for entry in content["sources"]}
         own = ShardInfo(**content["index"])
         check_file(index / own.name, own, check == "digest")
@@ -83,7 +86,7 @@ class Generation:
             if not info.rows:
                 continue
             emb_nd = map_embeddings(index / info.name, info, check == "digest")
-            self._blocks.append(Block(info.name, emb_nd, at, runs))
+            self._blocks.append(Block(info.name, emb_nd, at, runs, info.engine))
             at += int(runs[:, 1].sum())
         if at != self.rows:
             raise StoreDamaged(home / "generation.json", f"{self.rows} live rows", f"{at}", "Publish a new generation")
@@ -155,6 +158,16 @@ class Generation:
                 if not np.isnan(number):
                     values[name] = int(number) if kind == "integer" else float(number)
         return found
+
+    def metadata_columns(self) -> dict[str, tuple[str, str]]:
+        """Name -> kind (text, integer or real) and path in index.h5, which quotes what HDF5 does not take."""
+        columns = self._table["metadata"].items()
+        return {dataset.attrs["name"]: (dataset.attrs["kind"], f"metadata/{path}") for path, dataset in columns}
+
+    def column(self, path: str) -> Iterator[npt.NDArray[Any]]:
+        """A column of index.h5 from top to bottom, `COLUMN_PIECE` rows at a time; texts are bytes."""
+        for first in range(0, self.rows, COLUMN_PIECE):
+            yield self._table[path][first : first + COLUMN_PIECE]
 
     def ids(self, rows: npt.NDArray[np.int64]) -> npt.NDArray[np.int64]:
         """Of the inputs; an id belongs to one key for ever, through all generations."""

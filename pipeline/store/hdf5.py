@@ -11,20 +11,30 @@ from __future__ import annotations
 import io
 import os
 from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from contextlib import AbstractContextManager, contextmanager
 from pathlib import Path
+from typing import cast
 
 import h5py
 
 PAGE_BYTES = 4096  # large datasets start on a page, so that a mapping needs no correction
 
 
-@contextmanager
-def new_h5(path: Path) -> Iterator[tuple[h5py.File, Callable[[], None]]]:
+def new_h5(path: Path) -> AbstractContextManager[tuple[h5py.File, Callable[[], None]]]:
     """A new HDF5 file and its `check`, to be called after every few megabytes: it raises what the disk said."""
-    with _Disk(path) as disk:
+    return _opened(path, "w+b", "w")
+
+
+def edit_h5(path: Path) -> AbstractContextManager[tuple[h5py.File, Callable[[], None]]]:
+    """The same for a file that is there."""
+    return _opened(path, "r+b", "r+")
+
+
+@contextmanager
+def _opened(path: Path, disk_mode: str, mode: str) -> Iterator[tuple[h5py.File, Callable[[], None]]]:
+    with _Disk(path, disk_mode) as disk:
         # The last closing of the file happens inside, whatever went wrong, so that nothing of it outlives the block.
-        with h5py.File(disk, "w", alignment_threshold=PAGE_BYTES, alignment_interval=PAGE_BYTES) as file:
+        with h5py.File(disk, mode, alignment_threshold=PAGE_BYTES, alignment_interval=PAGE_BYTES) as file:
             yield file, disk.check
         disk.check()
 
@@ -32,8 +42,8 @@ def new_h5(path: Path) -> Iterator[tuple[h5py.File, Callable[[], None]]]:
 class _Disk:
     """The part of a Python file that h5py asks of one."""
 
-    def __init__(self, path: Path) -> None:
-        self._file = path.open("w+b", buffering=0)
+    def __init__(self, path: Path, mode: str) -> None:
+        self._file = cast(io.FileIO, path.open(mode, buffering=0))
         self._at = 0
         self._error: OSError | None = None
         self._unwritten: list[tuple[int, bytes]] = []

@@ -12,19 +12,22 @@ What each table says:
     metadata    JSON by its hash, so that a night that reads no container keeps it
     source      one row per scope; `space` is the one that the states of its inputs speak about
     generation  what was published and the files it names; they live as long as it is kept
+    touched     inputs that the last generation may show otherwise than the manifest does, and the metadata that it
+                shows. A trigger keeps it, so whatever changes an input touches it in the same transaction. Inputs
+                whose content has no vector stay in it: any vector that comes may be theirs.
 """
 
 from __future__ import annotations
 
 import sqlite3
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
 from pipeline.store.files import StoreError
 
-SCHEMA_VERSION = 1
+SCHEMA_VERSION = 2
 CACHE_KIB = 16_384  # more costs memory and gains nothing: the system caches the file too
 VARIABLES = 5_000  # per statement; SQLite allows 32,766
 
@@ -33,6 +36,14 @@ PENDING = "status IN ('pending', 'rebuild')"
 # A picture a generation shows, if its content has a vector in the generation's space.
 LIVE = "(i.status IN ('embedded', 'pending', 'rebuild') OR (i.status = 'quarantined' AND i.reason = 'read_error'))"
 
+_TOUCHED = f"""
+CREATE TABLE touched(id INTEGER PRIMARY KEY, meta_hash BLOB);
+CREATE TRIGGER input_touched AFTER UPDATE OF content_hash, meta_hash, locator, size, status, reason ON input
+WHEN OLD.content_hash IS NOT NEW.content_hash OR OLD.meta_hash IS NOT NEW.meta_hash
+    OR OLD.locator <> NEW.locator OR OLD.size <> NEW.size
+    OR {LIVE.replace("i.", "OLD.")} <> {LIVE.replace("i.", "NEW.")}
+BEGIN INSERT OR IGNORE INTO touched VALUES (OLD.id, OLD.meta_hash); END;
+"""
 _SCHEMA = f"""
 CREATE TABLE meta(key TEXT PRIMARY KEY, value NOT NULL) WITHOUT ROWID;
 CREATE TABLE space(id INTEGER PRIMARY KEY, name TEXT NOT NULL UNIQUE, dim INTEGER NOT NULL);
@@ -55,18 +66,74 @@ CREATE TABLE container(scope INTEGER NOT NULL, uri TEXT NOT NULL, size INTEGER N
     PRIMARY KEY(scope, uri)) WITHOUT ROWID;
 CREATE TABLE shard(
     id INTEGER PRIMARY KEY AUTOINCREMENT, name TEXT NOT NULL UNIQUE, space INTEGER NOT NULL, rows INTEGER NOT NULL,
-    bytes INTEGER NOT NULL, digest TEXT NOT NULL, offset INTEGER NOT NULL);
+    bytes INTEGER NOT NULL, digest TEXT NOT NULL, offset INTEGER NOT NULL, engine TEXT NOT NULL DEFAULT '');
 CREATE TABLE vector(
     content_hash BLOB NOT NULL, space INTEGER NOT NULL, shard INTEGER NOT NULL, row INTEGER NOT NULL,
     mark TEXT NOT NULL, PRIMARY KEY(content_hash, space)) WITHOUT ROWID;
 CREATE TABLE generation(number INTEGER PRIMARY KEY AUTOINCREMENT, space INTEGER NOT NULL, state INTEGER NOT NULL,
     files TEXT NOT NULL);
+{_TOUCHED.strip()}
 INSERT INTO meta VALUES ('schema', {SCHEMA_VERSION}), ('state', 0);
 """
 
 
+# What an index of the first schema lacks.
+_FROM_1 = f"""
+ALTER TABLE shard ADD COLUMN engine TEXT NOT NULL DEFAULT '';
+{_TOUCHED.strip()}
+UPDATE meta SET value = {SCHEMA_VERSION} WHERE key = 'schema';
+"""
+
+
+class ManifestFailed(StoreError, sqlite3.OperationalError):
+    """SQLite could not do what was asked, for a reason outside of it."""
+
+
+# By the first words of SQLite's own name for what happened.
+_REMEDIES = {
+    "SQLITE_BUSY": "another program holds it, such as a backup or a sqlite3 shell; wait for it or end it",
+    "SQLITE_LOCKED": "another program holds it, such as a backup or a sqlite3 shell; wait for it or end it",
+    "SQLITE_FULL": "its disk is full; make room",
+    "SQLITE_IOERR": "its disk fails, or is full; look at the system log and at df",
+    "SQLITE_READONLY": "it may not be written; look at the rights of the file and its folder, and how it is mounted",
+    "SQLITE_CANTOPEN": "it cannot be opened; look at the rights of the file and its folder",
+}
+
+
+class _Connection(sqlite3.Connection):
+    """Names the file and what helps, where SQLite says "disk I/O error"."""
+
+    path: Path
+
+    def execute(self, sql: str, *args: Any) -> sqlite3.Cursor:
+        try:
+            return super().execute(sql, *args)
+        except sqlite3.OperationalError as error:
+            raise explained(self.path, error) from error
+
+    def executemany(self, sql: str, *args: Any) -> sqlite3.Cursor:
+        try:
+            return super().executemany(sql, *args)
+        except sqlite3.OperationalError as error:
+            raise explained(self.path, error) from error
+
+
+def explained(path: Path, error: sqlite3.OperationalError) -> sqlite3.OperationalError:
+    name = getattr(error, "sqlite_errorname", "")
+    remedy = next((words for start, words in _REMEDIES.items() if name.startswith(start)), "")
+    if not remedy or isinstance(error, ManifestFailed):
+        return error
+    return ManifestFailed(
+        f"{path}: {error} ({name}): {remedy}, and run the same command again: what was committed is kept"
+    )
+
+
 def connect(path: Path) -> sqlite3.Connection:
-    db = sqlite3.connect(path, isolation_level=None)
+    try:
+        db = sqlite3.connect(path, isolation_level=None, factory=_Connection)
+    except sqlite3.OperationalError as error:
+        raise explained(path, error) from error
+    db.path = path
     try:
         for pragma in ("journal_mode = WAL", "synchronous = FULL", f"cache_size = -{CACHE_KIB}"):
             db.execute(f"PRAGMA {pragma}")
@@ -75,6 +142,11 @@ def connect(path: Path) -> sqlite3.Connection:
                 for statement in _SCHEMA.strip().split(";\n"):
                     db.execute(statement)
         found = db.execute("SELECT value FROM meta WHERE key = 'schema'").fetchone()[0]
+        if found == 1:
+            with transaction(db):
+                for statement in _FROM_1.strip().split(";\n"):
+                    db.execute(statement)
+            found = SCHEMA_VERSION
         if found != SCHEMA_VERSION:
             raise StoreError(
                 f"{path} has schema {found}, this version of nightjar reads {SCHEMA_VERSION}; "
@@ -120,6 +192,23 @@ def bump_state(db: sqlite3.Connection) -> None:
 
 def read_state(db: sqlite3.Connection) -> int:
     return int(db.execute("SELECT value FROM meta WHERE key = 'state'").fetchone()[0])
+
+
+def read_basis(db: sqlite3.Connection) -> int | None:
+    """The generation since which `touched` is kept; None where the next one has to be read from the whole manifest."""
+    row = db.execute("SELECT value FROM meta WHERE key = 'basis'").fetchone()
+    return int(row[0]) if row else None
+
+
+def set_basis(db: sqlite3.Connection, generation: int, lacking: Iterable[int]) -> None:
+    """The generation shows what the manifest says, but for inputs that lack a vector."""
+    db.execute("INSERT OR REPLACE INTO meta VALUES ('basis', ?)", (generation,))
+    db.execute("DELETE FROM touched")
+    db.executemany("INSERT INTO touched(id) VALUES (?)", ((number,) for number in lacking))
+
+
+def forget_basis(db: sqlite3.Connection) -> None:
+    db.execute("DELETE FROM meta WHERE key = 'basis'")
 
 
 def space_id(db: sqlite3.Connection, name: str, dim: int) -> int:

@@ -1,6 +1,7 @@
 """Publishing: everything a reader needs becomes visible at once, by one rename of the link `current`.
 
     generations/<n>/generation.json    data files with offsets, rows, digests, stretches of live rows; the spec
+    generations/<n>/ann.npy            which rows the keys of the graphs have; see `graphs`
     generations/<n>/index.h5           for any h5py user, one row per live key, ordered by data file and row:
         /embeddings                    (rows, d) float16, virtual, NaN where a data file is missing
         /key /id /content_hash /mark   /key is relative to the root of its source
@@ -8,7 +9,8 @@
         /metadata/<name>               text ("" where missing), int64 when complete, else float64 with NaN
 
 A vector that several keys show is stored once in the data files; its further rows are copied into index.h5 (/repeated),
-at the end of the table, so that a virtual dataset of any collection has few parts. About 10 s per million keys.
+at the end of the table, so that a virtual dataset of any collection has few parts. A table costs what changed since the
+last one (`amend`), or about 10 s per million keys where it is written whole (`table`).
 The virtual dataset names "shards/x.h5": valid beside INDEX/index.h5, and inside a generation through two links, so the
 first place HDF5 looks is always the right one and the folder can be moved.
 """
@@ -16,16 +18,21 @@ first place HDF5 looks is always the right one and the folder can be moved.
 from __future__ import annotations
 
 import json
+import logging
 import os
 import re
 import shutil
 import sqlite3
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import asdict
+from functools import partial
 from pathlib import Path
 from typing import Any, TypeAlias
 
-from pipeline.store import table
+import numpy as np
+
+from pipeline.store import ann, table
+from pipeline.store.amend import Staged, stage
 from pipeline.store.files import (
     GENERATION_SCHEMA,
     NoIndex,
@@ -36,14 +43,18 @@ from pipeline.store.files import (
     temporary,
     write_text,
 )
-from pipeline.store.fold import FILES_MAX, DataFile, fold, plan, scan
-from pipeline.store.manifest import next_id, read_state, transaction
+from pipeline.store.fold import FILES_MAX, fold, plan
+from pipeline.store.manifest import next_id, read_state, set_basis, transaction
+from pipeline.store.places import DataFile, scan
 from pipeline.store.shards import ShardInfo
 
+log = logging.getLogger(__name__)
 KEEP = 3  # generations, the current one included
+WriteTable: TypeAlias = Callable[[Path, sqlite3.Connection, Path, int, Sequence[DataFile]], table.Written]
 Review: TypeAlias = Callable[[int, int], None]  # numbers of the generation that is shown and of the one to be shown
 DATA_FOLDERS = ("shards", "segments")
-OUR_DATA = re.compile(r"\d{6,}(-\d{6,})?\.h5(\.tmp)?")
+FILE_FOLDERS = (*DATA_FOLDERS, ann.FOLDER)
+OUR_DATA = re.compile(r"\d{6,}(-\d{6,})?\.(h5|usearch|keys)(\.tmp)?")
 OUR_REPORT_DRAFT = re.compile(r"\d+\.(json|html)\.tmp")
 OUR_GENERATION = re.compile(r"\d+(\.tmp)?")
 
@@ -56,6 +67,7 @@ def publish(
     extra: Mapping[str, Any],
     keep: int,
     review: Review | None,
+    turn: ann.Turn,
 ) -> int | None:
     """Write the next generation and show it; when nothing changed since the last one of this space, show that one.
 
@@ -74,7 +86,13 @@ def publish(
         switch(db, out, last[0])  # a crash may have come between writing it and switching to it
         return int(last[0])
 
-    files, marks = scan(db, space_number, dim)
+    staged = stage(db, out, space_number, dim)
+    if isinstance(staged, Staged):
+        files, found, write_table = staged.files, staged.found, staged.write
+    else:
+        log.info("index.h5 is written whole: %s", staged)
+        files, found = scan(db, space_number, dim)
+        write_table = partial(table.write, marks=found.marks)
     stale: list[str] = []
     for group in plan(files):
         segment = fold(db, out, space_number, name, group)
@@ -84,12 +102,13 @@ def publish(
     assert len(files) < FILES_MAX, f"{len(files)} data files and index.h5, a generation may name {FILES_MAX}"
     number = next_id(db, "generation")
     head = {"schema": GENERATION_SCHEMA, "number": number, "space": name, "dim": dim}
-    named = write_generation(db, out, head, files, marks, {"spec": dict(spec), "extra": dict(extra)})
+    named = write_generation(db, out, head, files, write_table, {"spec": dict(spec), "extra": dict(extra)}, turn)
     with transaction(db):
         db.execute(
             "INSERT INTO generation(number, space, state, files) VALUES (?, ?, ?, ?)",
             (number, space_number, state, json.dumps(named)),
         )
+        set_basis(db, number, found.lacking)
     if changes_model and review is not None and shown is not None:
         review(shown, number)
     switch(db, out, number)
@@ -102,7 +121,13 @@ def shown_generation(db: sqlite3.Connection, out: Path) -> tuple[int | None, int
     current = out / "current"
     if not current.is_symlink():
         return None, None
-    number = int(os.readlink(current).rpartition("/")[2])
+    target = os.readlink(current)
+    number = int(target.rpartition("/")[2]) if re.fullmatch(r"generations/\d+", target) else None
+    if number is None:
+        raise StoreError(
+            f"{current} is a link to {target!r}, expected one to generations/<number>; "
+            "python -m pipeline.verify --repair puts it right"
+        )
     row = db.execute("SELECT space FROM generation WHERE number = ?", (number,)).fetchone()
     return number, int(row[0]) if row else None
 
@@ -127,10 +152,11 @@ def write_generation(
     out: Path,
     head: dict[str, Any],
     files: Sequence[DataFile],
-    marks: Mapping[int, str],
+    write_table: WriteTable,
     tail: dict[str, Any],
+    turn: ann.Turn,
 ) -> list[str]:
-    """Write the folder under a temporary name, make it durable, name it. Returns the data files it needs."""
+    """Write the folder under a temporary name, make it durable, name it. Returns the data files and graphs it needs."""
     home = folder(out, head["number"])
     draft = temporary(home)
     for left_over in (draft, home):  # of a run that was killed before the manifest named it
@@ -140,9 +166,21 @@ def write_generation(
     for kind in DATA_FOLDERS:
         (draft / kind).symlink_to(f"../../{kind}")
     index = draft / "index.h5"
-    rows, repeated, offset = table.write(index, db, out, head["dim"], files, marks)
+    rows, repeated, offset, whole_table = write_table(index, db, out, head["dim"], files)
     own = ShardInfo(
         f"generations/{home.name}/index.h5", repeated, head["dim"], index.stat().st_size, digest_file(index), offset
+    )
+    whole = (index, own, np.array([[0, repeated]], np.int64))
+    last = db.execute(
+        "SELECT max(number) FROM generation WHERE space = (SELECT id FROM space WHERE name = ?)", (head["space"],)
+    ).fetchone()[0]
+    graphs = ann.update(
+        out,
+        draft,
+        head["number"],
+        [*((out / file.info.name, file.info, file.runs()) for file in files), whole],
+        ann.last_entry(folder(out, last)) if last else None,
+        turn,
     )
     sources = db.execute("SELECT id, kind, root, options FROM source ORDER BY id")
     content = {
@@ -153,7 +191,9 @@ def write_generation(
             for number, kind, root, options in sources
         ],
         "index": asdict(own),
+        "table": whole_table or {"number": head["number"], "rows": rows, "bytes": own.bytes},
         "files": [{**asdict(file.info), "runs": file.runs().tolist()} for file in files],
+        "ann": graphs,
         **tail,
     }
     write_text(draft / "generation.json", json.dumps(content, indent=1))
@@ -161,7 +201,7 @@ def write_generation(
     sync(draft)
     draft.rename(home)
     sync(home.parent)
-    return [file.info.name for file in files]
+    return [*(file.info.name for file in files), *ann.names_of(graphs)]
 
 
 def switch(db: sqlite3.Connection, out: Path, number: int) -> None:
@@ -229,8 +269,8 @@ def sweep(db: sqlite3.Connection, out: Path) -> list[str]:
     store gives are touched."""
     garbage: list[Path] = []
     named = named_files(db)
-    for kind in DATA_FOLDERS:
-        for path in (out / kind).iterdir():
+    for kind in FILE_FOLDERS:
+        for path in (out / kind).glob("*"):  # an index of an earlier version has no folder of graphs
             if OUR_DATA.fullmatch(path.name) and f"{kind}/{path.name}" not in named:
                 garbage.append(path)
                 path.unlink()

@@ -6,6 +6,7 @@
 
 All three are contiguous, unfiltered and little-endian, so /embeddings is one byte range: `map_embeddings` maps it
 without HDF5. No compression on purpose: float16 unit vectors shrink by about 7 % and would cost the mapping.
+Attributes: `space`, and `engine`, the identity of what made the vectors, so that a check may demand the same bits.
 """
 
 from __future__ import annotations
@@ -39,6 +40,7 @@ class ShardInfo:
     bytes: int
     digest: str  # BLAKE3-128 of the whole file, hex
     offset: int  # of /embeddings in the file
+    engine: str = ""  # `EngineCard.identity` of what made all its vectors; several, with commas between; "" unknown
 
 
 Piece: TypeAlias = tuple[Vectors, npt.NDArray[np.int64], npt.NDArray[np.uint8]]  # vectors, ids, content hashes
@@ -78,7 +80,8 @@ def write_pieces(path: Path, rows: int, dim: int, pieces: Iterable[Piece], attrs
                 check()
             assert at == rows, f"{path.name} was planned for {rows} rows, {at} came"
             offset = embeddings.id.get_offset()
-        info = ShardInfo(f"{path.parent.name}/{path.name}", rows, dim, draft.stat().st_size, digest_file(draft), offset)
+        name, size, engine = f"{path.parent.name}/{path.name}", draft.stat().st_size, str(attrs.get("engine", ""))
+        info = ShardInfo(name, rows, dim, size, digest_file(draft), offset, engine)
         commit_file(path)
     except BaseException:
         with suppress(OSError):  # the disk that failed may refuse this too: the sweep of the next run takes it

@@ -27,10 +27,12 @@ import numpy as np
 
 from pipeline.batch import Item, Mark, Reason
 from pipeline.store import publish as publishing
+from pipeline.store.ann import Turn
 from pipeline.store.files import NoIndex, StoreDamaged, StoreError, sync, take_lock, write_text
 from pipeline.store.fold import register
-from pipeline.store.listing import Container, Listing, Observed, Preview, Scope, clean_text
+from pipeline.store.listing import Container, Listing, Observed, Preview, Scope
 from pipeline.store.manifest import PENDING, bump_state, connect, select_in, space_id, transaction
+from pipeline.store.records import clean_text
 from pipeline.store.shards import ShardInfo, check_file, hash_rows
 
 log = logging.getLogger(__name__)
@@ -103,7 +105,7 @@ class Store:
         lock = take_lock(out / "lock")
         try:
             _refuse_lost_manifest(out)
-            for name in (*publishing.DATA_FOLDERS, "generations", "runs"):
+            for name in (*publishing.FILE_FOLDERS, "generations", "runs"):
                 (out / name).mkdir(exist_ok=True)
             sync(out)
             db = connect(out / "manifest.sqlite")
@@ -289,13 +291,15 @@ class Store:
         extra: Mapping[str, Any],
         keep: int = publishing.KEEP,
         review: publishing.Review | None = None,
+        turn: Turn | None = None,
     ) -> int | None:
         """Make the present state visible to readers; returns the number of the generation that shows it.
 
         None: another model's generation is shown and this model lacks vectors of `missing` pictures, so nothing was
         published. `review(shown, new)` is called before a generation of another model takes the place of the shown one.
+        `turn` says when the building of graphs for approximate search leaves off (default: never).
         """
-        return publishing.publish(self._db, self.out, self._space, spec, extra, keep, review)
+        return publishing.publish(self._db, self.out, self._space, spec, extra, keep, review, turn or Turn())
 
     def missing(self) -> int:
         """Pictures of all sources whose known bytes have no vector in this space."""

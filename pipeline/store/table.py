@@ -1,38 +1,51 @@
 """The table of a generation: index.h5, one row per live key, for our readers and for any h5py user.
 
-`publish` says what is in it. Rows come from the manifest by id, 8,192 at a time, in the order of the data files.
+`publish` says what is in it. `write` makes it from the manifest alone, by id, 8,192 rows at a time, in the order of the
+data files: 8 s per million rows. `amend` makes the same from the last one and what was touched since. For its sake
+columns are chunked: they can grow, and a chunk moves as it is, its strings stay where they lie in the file.
 """
 
 from __future__ import annotations
 
 import json
+import logging
 import sqlite3
 from collections import Counter
-from collections.abc import Iterator, Mapping, Sequence
-from dataclasses import dataclass
+from collections.abc import Iterable, Iterator, Mapping, Sequence
+from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 from urllib.parse import quote, quote_from_bytes
 
 import h5py
 import numpy as np
 
 from pipeline.store.files import DIGEST_BYTES
-from pipeline.store.fold import DataFile, Ids
 from pipeline.store.hdf5 import new_h5
 from pipeline.store.manifest import select_in
+from pipeline.store.places import DataFile, Ids
 from pipeline.store.shards import PIECE_ROWS, map_embeddings
 
+log = logging.getLogger(__name__)
+
+CHUNK_ROWS_MIN, CHUNK_ROWS_MAX = 256, PIECE_ROWS
 # HDF5 takes time quadratic in the stretches of one selection, and 25 KB for every selection: 128 suits both.
 RUNS_PER_MAPPING = 128
+# Columns of metadata: a source may name the fields of every record otherwise, and each column costs every reader.
+COLUMNS_MAX = 1_024
+NAMES_MAX = 16 * COLUMNS_MAX  # that are counted at all, to find the most frequent
 
 SAFE_TEXT = b"ABCDEFGHIJKLMNOPQRSTUVWXYZabcdefghijklmnopqrstuvwxyz0123456789/_.-~ :,()+=@"
 _ROWS = """
     SELECT i.id, i.key, i.content_hash, i.scope, i.locator, i.size, m.json
     FROM input i LEFT JOIN metadata m ON m.meta_hash = i.meta_hash WHERE i.id IN (?*)"""
-_KINDS = """
-    SELECT e.key, e.type FROM input i CROSS JOIN metadata m ON m.meta_hash = i.meta_hash, json_each(m.json) e
-    WHERE i.id IN (?*)"""
+
+
+class Written(NamedTuple):
+    rows: int
+    repeated: int  # vectors that index.h5 holds itself
+    offset: int  # of them
+    whole: dict[str, int] | None = None  # of the table that was amended: when it was whole, with which size
 
 
 @dataclass(slots=True)
@@ -40,27 +53,33 @@ class Column:
     """A metadata column: `kind` is the narrowest of int64, float64 and text that holds every value."""
 
     name: str
-    kind: str = "integer"
-    count: int = 0
+    counts: list[int] = field(default_factory=lambda: [0, 0, 0])  # values that are integers, reals, texts
 
-    def add(self, kind: str, count: int) -> None:
-        order = ("integer", "real", "text")
-        self.kind = max(self.kind, kind, key=order.index)
-        self.count += count
+    @property
+    def kind(self) -> str:
+        return "text" if self.counts[2] else "real" if self.counts[1] else "integer"
 
-    def create(self, group: h5py.Group, rows: int) -> None:
-        if self.kind == "integer" and self.count == rows:
-            dataset = group.create_dataset(column_path(self.name), (rows,), "<i8")
-        elif self.kind == "text":
-            dataset = group.create_dataset(column_path(self.name), (rows,), h5py.string_dtype())
-        else:
-            dataset = group.create_dataset(column_path(self.name), (rows,), "<f8", fillvalue=np.nan)
-        dataset.attrs.update(name=self.name, kind=self.kind)
-
-    def values(self, packed: Sequence[Mapping[str, Any]]) -> list[Any]:
+    def layout(self, rows: int) -> tuple[str, str]:
+        """Kind and numpy's name for it in a table of `rows`: whole numbers are floats where one is missing."""
         if self.kind == "text":
-            return [str(values.get(self.name, "")) for values in packed]
-        return [values.get(self.name, np.nan) for values in packed]
+            return "text", "O"
+        return self.kind, "<i8" if self.kind == "integer" and sum(self.counts) == rows else "<f8"
+
+    def create(self, group: h5py.Group, rows: int, shown_rows: int, chunk_rows: int) -> h5py.Dataset:
+        kind, dtype = self.layout(shown_rows)
+        fill = np.nan if dtype == "<f8" else None
+        dataset = _grows(group, column_path(self.name), (rows,), chunk_rows, dtype, fill)
+        dataset.attrs.update(name=self.name, kind=kind)
+        self.remember(dataset)
+        return dataset
+
+    def remember(self, dataset: h5py.Dataset) -> None:
+        dataset.attrs["values"] = self.counts
+
+    def values(self, unpacked: Sequence[Mapping[str, Any]]) -> list[Any]:
+        if self.kind == "text":
+            return [str(values.get(self.name, "")) for values in unpacked]
+        return [values.get(self.name, np.nan) for values in unpacked]
 
 
 def column_path(name: str) -> str:
@@ -68,69 +87,121 @@ def column_path(name: str) -> str:
     return quote(name, safe=" !#$&'()*+,:;<=>?@[]^`{|}~") if name not in ("", ".") else f"%{name}"
 
 
+def chunk_rows(rows: int) -> int:
+    """A power of two, so that a small table is a small file."""
+    return min(CHUNK_ROWS_MAX, max(CHUNK_ROWS_MIN, 1 << max(rows - 1, 0).bit_length()))
+
+
 def write(
     path: Path, db: sqlite3.Connection, out: Path, dim: int, files: Sequence[DataFile], marks: Mapping[int, str]
-) -> tuple[int, int, int]:
-    """Write index.h5. Returns its rows, how many vectors it repeats, and their offset in it."""
-    firsts = sum(file.live_rows for file in files)
-    rows = firsts + sum(len(file.repeats) for file in files)
+) -> Written:
+    """Write index.h5. `files` and `marks` are those of `places.scan`."""
+    firsts, repeated = count_rows(files)
+    rows = firsts + repeated
     with new_h5(path) as (h5, check):
-        table = _Table(h5, db, rows, _columns(db, files), marks)
-        for file in files:
-            table.append(file.ids[file.live])
+        columns, left_out = _columns(db, files)
+        _create(h5, rows, columns, left_out)
+        writer = Writer(h5, db, marks, columns)
+        for ids in [*(file.shows[file.live] for file in files), *(file.repeats[:, 1] for file in files)]:
+            writer.append(ids)
             check()
-        repeated = h5.create_dataset("repeated", (rows - firsts, dim), "<f2")
-        for file in files:
-            if len(file.repeats):
-                repeated[table.at - firsts : table.at - firsts + len(file.repeats)] = map_embeddings(
-                    out / file.info.name, file.info
-                )[file.repeats[:, 0]]
-                table.append(file.repeats[:, 1])
-                check()
-        _virtual(h5, files, rows, firsts, dim)
+        offset = write_repeated(h5, out, files, dim)
+        check()
+        write_virtual(h5, files, rows, firsts, dim)
         h5.flush()
-        return rows, rows - firsts, repeated.id.get_offset() or 0
+        return Written(rows, repeated, offset)
 
 
-def _pieces(ids: Ids) -> Iterator[list[int]]:
-    for start in range(0, len(ids), PIECE_ROWS):
-        yield ids[start : start + PIECE_ROWS].tolist()
+def count_rows(files: Sequence[DataFile]) -> tuple[int, int]:
+    """Vectors that are shown, and how often one of them is shown again."""
+    return sum(file.live_rows for file in files), sum(len(file.repeats) for file in files)
 
 
-def _columns(db: sqlite3.Connection, files: Sequence[DataFile]) -> list[Column]:
+# --- metadata
+
+
+def _columns(db: sqlite3.Connection, files: Sequence[DataFile]) -> tuple[list[Column], int]:
+    """The columns of the table, in order, and how many were left out because there are too many."""
     columns: dict[str, Column] = {}
     if not db.execute("SELECT 1 FROM metadata LIMIT 1").fetchone():
-        return []
+        return [], 0
+    uncounted = 0
     for file in files:
-        for ids in (file.ids[file.live], file.repeats[:, 1]):
+        for ids in (file.shows[file.live], file.repeats[:, 1]):
             for piece in _pieces(ids):
-                for (name, kind), count in Counter(select_in(db, _KINDS, (), piece)).items():
-                    columns.setdefault(name, Column(name)).add(kind, count)
-    return [columns[name] for name in sorted(columns)]
+                uncounted += count_values(db, metadata_of(db, piece), columns)
+    kept = sorted(columns.values(), key=lambda column: (-sum(column.counts), column.name))[:COLUMNS_MAX]
+    left_out = len(columns) - len(kept) + uncounted
+    if left_out:
+        rare = sorted(columns.keys() - {column.name for column in kept})[:3]
+        log.warning(
+            "metadata has more than %s names; index.h5 has the %s most frequent as columns, the others are not in it "
+            "(such as %s). Give the records of all sources the same field names", f"{COLUMNS_MAX:,}",
+            f"{COLUMNS_MAX:,}", ", ".join(map(repr, rare)),
+        )  # fmt: skip
+    return sorted(kept, key=lambda column: column.name), left_out
 
 
-class _Table:
-    """Every column of index.h5 but the vectors, filled from the manifest row by row."""
+def metadata_of(db: sqlite3.Connection, ids: Sequence[int]) -> Counter[bytes]:
+    """How many of the inputs have which metadata, by its hash."""
+    sql = "SELECT meta_hash FROM input WHERE meta_hash IS NOT NULL AND id IN (?*)"
+    return Counter(row[0] for row in select_in(db, sql, (), ids))
+
+
+def count_values(db: sqlite3.Connection, times: Mapping[bytes, int], columns: dict[str, Column]) -> int:
+    """Add the values of some metadata, each as often as it is there (or gone), to the counts of `columns`. Returns how
+    many were not counted because there are `NAMES_MAX` names already."""
+    uncounted = 0
+    sql = "SELECT meta_hash, json FROM metadata WHERE meta_hash IN (?*)"
+    for meta_hash, packed in select_in(db, sql, (), list(times)):
+        for name, value in json.loads(packed).items():
+            if name not in columns:
+                if len(columns) >= NAMES_MAX:
+                    uncounted += 1
+                    continue
+                columns[name] = Column(name)
+            kind = 2 if isinstance(value, str) else 1 if isinstance(value, float) else 0
+            columns[name].counts[kind] += times[meta_hash]
+    return uncounted
+
+
+# --- columns
+
+
+def _create(h5: h5py.File, rows: int, columns: Sequence[Column], left_out: int) -> None:
+    chunk = chunk_rows(rows)
+    for name, dtype in (("key", "O"), ("mark", "O"), ("locator", "O"), ("id", "<i8"), ("source", "<i4"),
+                        ("size_bytes", "<i8")):  # fmt: skip
+        _grows(h5, name, (rows,), chunk, dtype)
+    _grows(h5, "content_hash", (rows, DIGEST_BYTES), chunk, "u1")
+    group = h5.create_group("metadata")
+    group.attrs["left_out"] = left_out
+    for column in columns:
+        column.create(group, rows, rows, chunk)
+
+
+def _grows(
+    group: h5py.Group, name: str, shape: tuple[int, ...], chunk: int, dtype: str, fill: float | None = None
+) -> h5py.Dataset:
+    """What is never written takes no space, and reads as `fill`."""
+    kind: Any = h5py.string_dtype() if dtype == "O" else dtype
+    chunks, most = (chunk, *shape[1:]), (None, *shape[1:])
+    return group.create_dataset(name, shape, kind, chunks=chunks, maxshape=most, fillvalue=fill)
+
+
+class Writer:
+    """Fills every column of index.h5 but the vectors, from the manifest, row by row."""
 
     def __init__(
-        self, h5: h5py.File, db: sqlite3.Connection, rows: int, columns: Sequence[Column], marks: Mapping[int, str]
+        self, h5: h5py.File, db: sqlite3.Connection, marks: Mapping[int, str], columns: Sequence[Column], at: int = 0
     ) -> None:
-        self._h5, self._db, self._metadata, self._marks, self.at = h5, db, columns, marks, 0
-        for name in ("key", "mark", "locator"):
-            h5.create_dataset(name, (rows,), h5py.string_dtype())
-        h5.create_dataset("id", (rows,), "<i8")
-        h5.create_dataset("source", (rows,), "<i4")
-        h5.create_dataset("size_bytes", (rows,), "<i8")
-        h5.create_dataset("content_hash", (rows, DIGEST_BYTES), "u1")
-        group = h5.create_group("metadata")
-        for column in columns:
-            column.create(group, rows)
+        self._h5, self._db, self._columns, self._marks, self._at = h5, db, columns, marks, at
 
     def append(self, ids: Ids) -> None:
         for piece in _pieces(ids):
             found = {row[0]: row for row in select_in(self._db, _ROWS, (), piece)}
-            self._write(slice(self.at, self.at + len(piece)), [found[number] for number in piece])
-            self.at += len(piece)
+            self._write(slice(self._at, self._at + len(piece)), [found[number] for number in piece])
+            self._at += len(piece)
 
     def _write(self, part: slice, records: Sequence[tuple[Any, ...]]) -> None:
         h5 = self._h5
@@ -141,10 +212,17 @@ class _Table:
         if not self._marks.keys().isdisjoint(ids):  # few are marked, and what is not written reads as ""
             h5["mark"][part] = [self._marks.get(number, "") for number in ids]
         h5["locator"][part] = [_quoted(locator) for locator in locators]
-        if self._metadata:
+        if self._columns:
             unpacked = [json.loads(text) if text else {} for text in packed]
-            for column in self._metadata:
-                h5["metadata"][column_path(column.name)][part] = column.values(unpacked)
+            there = {name for values in unpacked for name in values}
+            for column in self._columns:
+                if column.name in there:
+                    h5["metadata"][column_path(column.name)][part] = column.values(unpacked)
+
+
+def _pieces(ids: Ids) -> Iterator[list[int]]:
+    for start in range(0, len(ids), PIECE_ROWS):
+        yield ids[start : start + PIECE_ROWS].tolist()
 
 
 def _quoted(locator: bytes) -> str:
@@ -152,7 +230,22 @@ def _quoted(locator: bytes) -> str:
     return quote_from_bytes(locator, safe=SAFE_TEXT) if locator.translate(None, SAFE_TEXT) else locator.decode()
 
 
-def _virtual(h5: h5py.File, files: Sequence[DataFile], rows: int, firsts: int, dim: int) -> None:
+# --- vectors
+
+
+def write_repeated(h5: h5py.File, out: Path, files: Iterable[DataFile], dim: int) -> int:
+    """Copies of the vectors that several rows show, for all rows but the first. Returns their offset in the file."""
+    files = [file for file in files if len(file.repeats)]
+    dataset = h5.create_dataset("repeated", (sum(len(file.repeats) for file in files), dim), "<f2")
+    at = 0
+    for file in files:
+        rows = file.repeats[:, 0]
+        dataset[at : at + len(rows)] = map_embeddings(out / file.info.name, file.info)[rows]
+        at += len(rows)
+    return int(dataset.id.get_offset() or 0)
+
+
+def write_virtual(h5: h5py.File, files: Sequence[DataFile], rows: int, firsts: int, dim: int) -> None:
     """/embeddings over all live rows. h5py's VirtualLayout takes no selection of several stretches, hence its lower
     level."""
     if not rows:
