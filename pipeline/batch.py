@@ -16,7 +16,7 @@ import numpy.typing as npt
 Reason: TypeAlias = Literal[
     "empty",  # zero bytes
     "truncated",  # the end of the picture is missing
-    "corrupt",  # a picture by its first bytes, but it does not decode
+    "corrupt",  # a picture by its first bytes, but it does not decode, or no finite vector comes of it
     "not_an_image",  # no decoder knows the first bytes
     "unsupported_format",  # a valid picture of a kind no decoder here reads
     "too_large",  # more pixels than memory allows and no scaled decode for the format
@@ -48,11 +48,14 @@ class Failure(NamedTuple):
 
 
 class BadImage(Exception):
-    """A picture that gives no pixels. Data, not an accident: it becomes a row of the quarantine ledger."""
+    """A picture that gives no pixels. Data, not an accident: it becomes a row of the quarantine ledger.
 
-    def __init__(self, reason: Reason, words: str) -> None:
+    `passing`: the same read may work a moment later.
+    """
+
+    def __init__(self, reason: Reason, words: str, *, passing: bool = False) -> None:
         super().__init__(f"{reason}: {words}")
-        self.failure = Failure(reason, words)
+        self.failure, self.passing = Failure(reason, words), passing
 
 
 class Posted(Protocol):

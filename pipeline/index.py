@@ -13,29 +13,33 @@ import logging
 import sqlite3
 import sys
 import time
-from dataclasses import asdict, dataclass
+from contextlib import suppress
+from dataclasses import asdict, dataclass, field, replace
 from typing import NamedTuple
 
-from engines import EngineUnavailable
-from engines.spec import ArtifactMissing
-from pipeline.batch import DeviceUnavailable, Item
-from pipeline.config import Config, UsageError, parse_index
-from pipeline.exits import BUDGET_SPENT, DONE, FAILED, INTERRUPTED, LOCKED, MANY_DELETED, MANY_QUARANTINED, USAGE
-from pipeline.lanes import LaneSpec
+from pipeline.batch import Item
+from pipeline.config import Config, parse_index
+from pipeline.devices import EngineWish, lane_specs
+from pipeline.exits import BUDGET_SPENT, DONE, INTERRUPTED, MANY_QUARANTINED
+from pipeline.failures import FAILURES, TooManyDeletions, exit_code, words
 from pipeline.model_change import ModelChange, compare_models
 from pipeline.progress import Display, TransferBar
 from pipeline.run_record import Clock, run_record
-from pipeline.run_reports import publishing_s, work_s
-from pipeline.scheduler import LaneFailed, LaneRefused, Sharing, Totals
+from pipeline.run_reports import publishing_s, tell_unended, work_s
+from pipeline.scheduler import Sharing, Totals
+from pipeline.shares import POLICIES
 from pipeline.sources import Damage, SourceError
-from pipeline.sources.download import DownloadError, download_inat2021
+from pipeline.sources.download import download_inat2021
 from pipeline.stop import Stop
-from pipeline.store import Counts, Generation, Locked, Scope, Store, StoreError
+from pipeline.store import Counts, Generation, Scope, Store, Turn
+from pipeline.store.files import write_text
 
 log = logging.getLogger("nightjar")
 
 SCHEMA = 1
 OBSERVE_ROWS = 2000  # listed rows per transaction: one fsync for two thousand pictures
+UNLISTED_SHOWN = 24
+NOTHING = Counts(0, 0, 0, 0, {})
 
 
 @dataclass(frozen=True)
@@ -63,32 +67,23 @@ class Report:
     exit: int
 
 
-@dataclass(frozen=True)
+@dataclass
 class Indexed:
-    """A source that was listed and embedded as far as time allowed; nothing of that is visible yet."""
+    """A run of one source, as far as it has come; nothing of that is visible before it is published."""
 
     run: int
-    whole: bool  # False: stopped before the listing, or the last of its pictures, was through
-    deleted: int
-    counts: Counts
-    totals: Totals
-    clock: Clock
+    clock: Clock = field(default_factory=Clock)
+    whole: bool = False  # the listing, and the last of its pictures, is through
+    deleted: int = 0
+    counts: Counts = NOTHING
+    totals: Totals = field(default_factory=Totals)
+    unlisted: list[Damage] = field(default_factory=list)  # the first few
+    unlisted_count: int = 0
 
 
 class Published(NamedTuple):
     generation: int | None = None
     model_change: ModelChange | None = None
-
-
-class TooManyDeletions(Exception):
-    """The source lost so much that a person should look before the index does the same."""
-
-
-# What may happen to anybody: told in one line. Everything else is a fault of ours and keeps its traceback.
-FAILURES = (
-    UsageError, SourceError, ArtifactMissing, DeviceUnavailable, EngineUnavailable, TooManyDeletions, DownloadError,
-    LaneFailed, StoreError, OSError, sqlite3.Error,
-)  # fmt: skip
 
 
 def run(cfg: Config, stop: Stop) -> Report:
@@ -101,33 +96,58 @@ def run(cfg: Config, stop: Stop) -> Report:
     start_s = time.monotonic()
     stop.deadline_s = start_s + work_s(cfg.budget_s, publishing_s(cfg.out))
     with Store.open(cfg.out, cfg.artifact.spec.space, cfg.artifact.spec.dim) as store:
-        indexed = index_source(cfg, store, stop)
-        with indexed.clock.phase("publishing"):
-            published = Published() if stop.requested else publish(cfg, store)
-        report = account(cfg, indexed, published, stop.requested, time.monotonic() - start_s)
-        write_record(cfg, store, indexed, report)
+        indexed = begin(cfg, store)
+        tell_unended(cfg.out, indexed.run)
+        try:
+            index_source(cfg, store, stop, indexed)
+            with indexed.clock.phase("publishing"):
+                turn = Turn(lambda: stop.requested or time.monotonic() >= start_s + cfg.budget_s, indexed.clock.phase)
+                published = Published() if stop.requested else publish(cfg, store, turn)
+            report = account(cfg, indexed, published, stop.requested, time.monotonic() - start_s)
+            write_record(cfg, indexed, report)
+        except BaseException as error:
+            leave_record(cfg, indexed, error, time.monotonic() - start_s)
+            raise
     return report
 
 
-def index_source(cfg: Config, store: Store, stop: Stop) -> Indexed:
+def begin(cfg: Config, store: Store) -> Indexed:
+    return Indexed(store.begin_run(Scope(cfg.source.kind, cfg.source.root, cfg.source.options)))
+
+
+def index_source(cfg: Config, store: Store, stop: Stop, indexed: Indexed) -> None:
     """List one source, drop what is gone, embed what is new. Publishing is a step of its own: sources may share it."""
-    clock = Clock()
-    number = store.begin_run(Scope(cfg.source.kind, cfg.source.root, cfg.source.options))
-    if cfg.retry:
-        log.info("%s quarantined pictures are tried again: %s", f"{store.retry(cfg.retry):,}", ", ".join(cfg.retry))
-    with clock.phase("listing"):
-        observe(cfg, store, stop)
-        listed = not stop()
-        deleted = delete_missing(cfg, store) if listed else 0
-    with clock.phase("embedding"):
-        totals = embed(cfg, store, stop)
-    counts = store.counts()
-    return Indexed(number, listed and not counts.pending, deleted, counts, totals, clock)
+    try:
+        if cfg.retry:
+            log.info("%s quarantined pictures are tried again: %s", f"{store.retry(cfg.retry):,}", ", ".join(cfg.retry))
+        with indexed.clock.phase("listing"):
+            observe(cfg, store, stop, indexed)
+            listed = not stop()
+            indexed.deleted = delete_missing(cfg, store) if listed else 0
+        with indexed.clock.phase("embedding"):
+            embed(cfg, store, stop, indexed)
+        indexed.whole = listed and not store.counts().pending
+    finally:
+        with suppress(sqlite3.Error):  # a manifest that cannot be read: what went wrong there is raised already
+            indexed.counts = store.counts()
 
 
-def write_record(cfg: Config, store: Store, indexed: Indexed, report: Report) -> None:
+def write_record(cfg: Config, indexed: Indexed, report: Report, **more: object) -> None:
     record = run_record(cfg, indexed.run, indexed.counts, indexed.totals, indexed.clock)
-    store.write_run_report(indexed.run, {**asdict(report), **record})
+    unlisted = {"count": indexed.unlisted_count, "examples": [asdict(damage) for damage in indexed.unlisted]}
+    content = {**asdict(report), **record, "unlisted": unlisted, **more}
+    write_text(cfg.out / "runs" / f"{indexed.run}.json", json.dumps(content, indent=1))
+
+
+def leave_record(cfg: Config, indexed: Indexed, error: BaseException, seconds: float) -> None:
+    """Of a run that failed, so that whoever looks in the morning finds out why."""
+    if indexed.counts is NOTHING:
+        indexed.totals = Totals()
+    try:
+        report = account(cfg, indexed, Published(), False, seconds)
+        write_record(cfg, indexed, replace(report, exit=exit_code(error)), error=words(error))
+    except FAILURES as another:  # the first one is what counts, and a full disk takes no record
+        log.error("run %d leaves no record: %s", indexed.run, words(another))
 
 
 def download(cfg: Config) -> None:
@@ -136,16 +156,26 @@ def download(cfg: Config) -> None:
         download_inat2021(cfg.source.root, cfg.source.options["split"], progress=bar.show)
 
 
-def observe(cfg: Config, store: Store, stop: Stop) -> None:
-    """List the source and let the manifest decide what is new, changed or known."""
+def observe(cfg: Config, store: Store, stop: Stop, indexed: Indexed) -> None:
+    """List the source and let the manifest decide what is new, changed or known.
+
+    Raises:
+        SourceError: the root itself went away meanwhile; nothing is deleted.
+    """
     items: list[Item] = []
+    damaged: set[str] = set()
     listed, last_line_s = 0, time.monotonic()
     for found in cfg.source.list(store.container_unchanged):
         if isinstance(found, Item):
             items.append(found)
         elif isinstance(found, Damage):
+            if not found.key_prefix:
+                root = cfg.source.root
+                raise SourceError(f"root {root} could not be listed to its end: {found.words}. Is it mounted?")
             log.warning("could not list all of %s: %s; what is known of it stays", found.key_prefix, found.words)
-            store.keep(found.key_prefix)
+            damaged.add(found.key_prefix)
+            indexed.unlisted_count += 1
+            indexed.unlisted += [found] if len(indexed.unlisted) < UNLISTED_SHOWN else []
         else:
             store.observe(items)  # a container is remembered only after all of its items are
             store.container_seen(found)
@@ -159,6 +189,8 @@ def observe(cfg: Config, store: Store, stop: Stop) -> None:
         if stop():
             return
     store.observe(items)
+    for key_prefix in damaged:  # after its items: of what is kept, the manifest takes no change any more
+        store.keep(key_prefix)
 
 
 def delete_missing(cfg: Config, store: Store) -> int:
@@ -173,21 +205,25 @@ def delete_missing(cfg: Config, store: Store) -> int:
     return store.finish_listing()
 
 
-def embed(cfg: Config, store: Store, stop: Stop) -> Totals:
+def embed(cfg: Config, store: Store, stop: Stop, indexed: Indexed) -> None:
     """Everything pending goes through the lanes; with nothing pending no lane is started."""
     pending = store.counts().pending
     if stop():
-        return Totals()
+        return
     if not pending:
         log.info("nothing to embed: every picture of %s is known and unchanged", cfg.source.root)
-        return Totals()
+        return
     log.info("%s pictures to embed with %s", f"{pending:,}", cfg.artifact.spec.model)
     log.info("devices %s: %s", ",".join(cfg.devices.names), cfg.devices.reason)
+    log.info("setting: %s", cfg.devices.setting)
+    specs = lane_specs(cfg.devices, cfg.source, EngineWish(cfg.artifact, cfg.runtime, cfg.precision), cfg.out / "runs")
     with Display(pending, quiet=cfg.json_only) as display:
-        return Sharing(store, lane_specs(cfg), stop, display.tick, all_needed=cfg.devices.named).run()
+        sharing = Sharing(store, specs, stop, display.tick, cfg.devices.named, POLICIES[cfg.sharing]())
+        indexed.totals = sharing.totals  # of a run that fails too
+        sharing.run()
 
 
-def publish(cfg: Config, store: Store) -> Published:
+def publish(cfg: Config, store: Store, turn: Turn) -> Published:
     """Readers see what is embedded; those of another model go on seeing that one's until this one's are complete."""
     changes: list[ModelChange] = []
 
@@ -196,7 +232,7 @@ def publish(cfg: Config, store: Store) -> Published:
             changes.append(compare_models(old, ours))
 
     spec, extra = json.loads(cfg.artifact.spec.to_json()), {"artifact": str(cfg.artifact.path)}
-    generation = store.publish(spec, extra, cfg.keep, review)
+    generation = store.publish(spec, extra, cfg.keep, review, turn)
     if generation is None:
         log.warning(
             "%s pictures have no vector of this model yet, so readers still see the other model's; "
@@ -210,27 +246,6 @@ def publish(cfg: Config, store: Store) -> Published:
     for change in changes:
         log.info("%s", change.words())
     return Published(generation, changes[0] if changes else None)
-
-
-def lane_specs(cfg: Config) -> list[LaneSpec]:
-    """One for each device; lanes share the cores for decoding, whatever they encode on."""
-    spec, names = cfg.artifact.spec, cfg.devices.names
-    return [
-        LaneSpec(
-            name=f"{device}/{number}",
-            device=device,
-            source=cfg.source,
-            artifact_path=cfg.artifact.path,
-            preprocess=spec.preprocess,
-            runtime=cfg.runtime,
-            precision=cfg.precision,
-            engine_threads=cfg.engine_threads,
-            decode_threads=max(1, cfg.decode_threads // len(names)),
-            space=spec.space,
-            log_path=cfg.out / "runs" / f"{device.replace(':', '')}-{number}.log",
-        )
-        for number, device in enumerate(names)
-    ]
 
 
 def account(cfg: Config, indexed: Indexed, published: Published, interrupted: bool, seconds: float) -> Report:
@@ -251,7 +266,7 @@ def account(cfg: Config, indexed: Indexed, published: Published, interrupted: bo
         pending=counts.pending,
         deleted=indexed.deleted,
         seconds=round(seconds, 3),
-        images_per_s=round((totals.embedded + totals.copied) / seconds, 2),
+        images_per_s=round((totals.embedded + totals.copied) / max(seconds, 0.001), 2),
         bound=max(totals.bound_s, key=lambda stage: totals.bound_s[stage], default=""),
         lanes=[f"{name} {engine}" for name, engine in totals.engines.items()],
         decoders=dict(totals.decoders),
@@ -275,25 +290,11 @@ def main(argv: list[str] | None = None) -> int:
             download(cfg)
         report = run(cfg, Stop())
     except FAILURES as error:
-        log.error("error: %s", error)
-        print(json.dumps({"schema": SCHEMA, "error": str(error), "exit": exit_code(error)}), flush=True)
+        log.error("error: %s", words(error))
+        print(json.dumps({"schema": SCHEMA, "error": words(error), "exit": exit_code(error)}), flush=True)
         return exit_code(error)
     print(json.dumps(asdict(report)), flush=True)
     return report.exit
-
-
-def exit_code(error: Exception) -> int:
-    """Of a run that ended with one of FAILURES."""
-    match error:
-        case Locked():
-            return LOCKED
-        case TooManyDeletions():
-            return MANY_DELETED
-        case UsageError() | SourceError() | ArtifactMissing() | DeviceUnavailable() | EngineUnavailable():
-            return USAGE
-        case LaneRefused():
-            return USAGE
-    return FAILED
 
 
 if __name__ == "__main__":

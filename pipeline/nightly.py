@@ -18,6 +18,7 @@ import sys
 import time
 from collections.abc import Sequence
 from dataclasses import replace
+from datetime import datetime
 from pathlib import Path
 from typing import Any
 from urllib.parse import urlsplit
@@ -25,15 +26,16 @@ from urllib.parse import urlsplit
 from pipeline import duration
 from pipeline.config import Config, UsageError, parse_index
 from pipeline.exits import DAMAGED, DONE, FAILED, USAGE
-from pipeline.index import FAILURES, Published, account, exit_code, index_source, publish, write_record
+from pipeline.failures import FAILURES, exit_code, words
+from pipeline.index import Published, account, begin, index_source, leave_record, publish, write_record
 from pipeline.nightly_config import Nightly, SourceTable, VerifyTable, load
 from pipeline.nightly_result import SCHEMA, Tonight, Verified, failed, summary
 from pipeline.nightly_tell import tell_all, write_log
-from pipeline.report import write_report
+from pipeline.report import ReportError, write_report
 from pipeline.run_record import Clock
-from pipeline.run_reports import publishing_s, work_s
+from pipeline.run_reports import publishing_s, tell_unended, work_s
 from pipeline.stop import Stop
-from pipeline.store import Store
+from pipeline.store import Store, Turn
 from pipeline.store.ledger import take_stock
 
 log = logging.getLogger("nightjar")
@@ -69,17 +71,26 @@ def run_night(plan: Nightly, stop: Stop) -> dict[str, Any]:
     published, verified = Published(), Verified()
     if ready:
         deadline_s = start_s + work_s(plan.index.budget_s or math.inf, publishing_s(plan.index.out))
-        with clock.phase("indexing"), open_store(ready) as store:
-            index_in_turn(ready, store, stop, deadline_s)
-        with clock.phase("verifying"):
-            verified = verify(plan, sources, stop)
-        with open_store(ready) as store:
-            if not stop.requested and verified.exit != DAMAGED:
-                with clock.phase("publishing"):
-                    published = publish(ready[0].config, store)
-            settle(ready, store, published, verified, stop, clock)
-        if plan.report.page:
-            write_pages(plan.index.out, ready)
+        try:
+            with clock.phase("indexing"), open_store(ready) as store:
+                index_in_turn(ready, store, stop, deadline_s)
+            with clock.phase("verifying"):
+                verified = verify(plan, sources, stop)
+            with open_store(ready) as store:
+                if not stop.requested and verified.exit != DAMAGED:
+                    with clock.phase("publishing"):
+                        budget_s = plan.index.budget_s or math.inf
+                        turn = Turn(lambda: stop.requested or time.monotonic() >= start_s + budget_s, clock.phase)
+                        published = publish(ready[0].config, store, turn)
+                settle(sources, published, verified, stop, clock)
+        except BaseException as error:
+            for one in ready:
+                if one.indexed is not None and one.report is None:
+                    leave_record(one.config, one.indexed, one.failure or error, time.monotonic() - start_s)
+            raise
+        finally:
+            if plan.report.page:
+                write_pages(plan.index.out, ready)
     return summary(plan, sources, published, verified, stop.requested, clock, time.monotonic() - start_s)
 
 
@@ -115,7 +126,10 @@ def index_in_turn(ready: Sequence[Tonight], store: Store, stop: Stop, deadline_s
         stop.deadline_s = now_s + (deadline_s - now_s) / (len(order) - place)
         log.info("source %s", one.name)
         try:
-            one.indexed = index_source(one.config, store, stop)
+            one.indexed = begin(one.config, store)
+            if place == 0:
+                tell_unended(one.config.out, one.indexed.run)
+            index_source(one.config, store, stop, one.indexed)
         except FAILURES as error:
             one.fail(error)
 
@@ -171,19 +185,20 @@ def verify_command(index: Path, look: VerifyTable, seed: int) -> list[str]:
     return words + (["--rows", str(look.rows), "--seed", str(seed)] if look.level == "sample" else [])
 
 
-def settle(
-    ready: Sequence[Tonight], store: Store, published: Published, verified: Verified, stop: Stop, clock: Clock
-) -> None:
-    """Every source gets the report that `pipeline.index` would have left."""
-    for one in ready:
+def settle(sources: Sequence[Tonight], published: Published, verified: Verified, stop: Stop, clock: Clock) -> None:
+    """Every source that was begun gets the record that `pipeline.index` would have left."""
+    for one in sources:
         if one.indexed is None:
             continue
         phases_s = one.indexed.clock.phases_s
         phases_s |= {phase: clock.phases_s.get(phase, 0.0) for phase in ("verifying", "publishing")}
+        phases_s |= {"ann": clock.phases_s["ann"]} if "ann" in clock.phases_s else {}
         report = account(one.config, one.indexed, published, stop.requested, sum(phases_s.values()))
-        one.report = replace(report, exit=DAMAGED) if verified.exit == DAMAGED else report
-        one.exit = one.report.exit
-        write_record(one.config, store, one.indexed, one.report)
+        if one.error or verified.exit == DAMAGED:
+            report = replace(report, exit=one.exit if one.error else DAMAGED)
+        one.report, one.exit = report, report.exit
+        others = [f"{other.name}: {other.error}" for other in sources if other.error and other is not one]
+        write_record(one.config, one.indexed, report, error=one.error, also_failed=others)
 
 
 def write_pages(index: Path, ready: Sequence[Tonight]) -> None:
@@ -191,6 +206,8 @@ def write_pages(index: Path, ready: Sequence[Tonight]) -> None:
         if one.indexed is not None:
             try:
                 log.info("page %s", write_report(index, one.indexed.run))
+            except (ReportError, *FAILURES) as error:
+                log.error("no page of run %d: %s", one.indexed.run, words(error))
             except Exception:  # a page is made of whatever pictures hold, and no night fails for it
                 log.exception("no page of run %d", one.indexed.run)
 
@@ -246,17 +263,18 @@ def main(argv: list[str] | None = None) -> int:
         return USAGE
     if args.check:
         return check(args.config, plan)
-    start_s = time.monotonic()
+    start_s, started = time.monotonic(), datetime.now().astimezone()
     try:
         if log_path := args.log or plan.report.log:
             write_log(log_path)
         night = run_night(plan, Stop())
     except FAILURES as error:
-        log.error("error: %s", error)
+        log.error("error: %s", words(error))
         night = failed(plan, error, exit_code(error), time.monotonic() - start_s)
     except Exception as error:  # a fault of ours: nobody watches at night, so somebody has to be told
         log.exception("a fault of Nightjar")
         night = failed(plan, error, FAILED, time.monotonic() - start_s)
+    night["started"] = started.isoformat(timespec="seconds")
     tell_all(plan, night)
     print(json.dumps(night), flush=True)
     return int(night["exit"])

@@ -19,7 +19,8 @@ from engines.spec import Precision, default_model
 from pipeline.batch import Reason
 from pipeline.config import UsageError
 from pipeline.duration import parse_duration
-from pipeline.sources import SOURCES
+from pipeline.sources import SOURCES, SourceError
+from pipeline.sources.places import refuse_secrets
 from pipeline.store.publish import KEEP
 
 T = TypeVar("T")
@@ -34,6 +35,14 @@ def _text(value: Any) -> str:
     if not isinstance(value, str) or not value or "\0" in value:
         raise Wrong('text in quotes, such as "cpu"')
     return value
+
+
+def _root(value: Any) -> str:
+    try:
+        refuse_secrets(_text(value))
+    except SourceError as error:
+        raise Wrong(f"one without secrets: {error}") from None
+    return _text(value)
 
 
 def _path(value: Any) -> Path:
@@ -108,7 +117,7 @@ class SourceTable:
     """[[source]], once for each root; as --source, --root and --split of pipeline.index."""
 
     kind: Annotated[str, _one_of(SOURCES)]
-    root: Annotated[str, _text]
+    root: Annotated[str, _root] = field(repr=False)  # one that is refused may hold a password
     split: Annotated[str | None, _text] = None
 
 

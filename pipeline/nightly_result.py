@@ -20,7 +20,8 @@ from pipeline.exits import (
     MANY_QUARANTINED,
     USAGE,
 )
-from pipeline.index import Indexed, Published, Report, exit_code
+from pipeline.failures import exit_code, words
+from pipeline.index import Indexed, Published, Report
 from pipeline.nightly_config import Nightly, SourceTable
 from pipeline.run_record import Clock
 
@@ -40,7 +41,8 @@ class Tonight:
     cfg: Config | None = None  # None: it is not there, or the model is not
     indexed: Indexed | None = None
     report: Report | None = None
-    error: str = ""
+    failure: Exception | None = None
+    error: str = ""  # its words
     exit: int = DONE
 
     @property
@@ -53,8 +55,8 @@ class Tonight:
         return self.cfg
 
     def fail(self, error: Exception) -> None:
-        self.error, self.exit = str(error), exit_code(error)
-        log.error("%s: %s", self.name, error)
+        self.failure, self.error, self.exit = error, words(error), exit_code(error)
+        log.error("%s: %s", self.name, self.error)
 
 
 @dataclass(frozen=True)
@@ -69,7 +71,7 @@ def summary(
     plan: Nightly, sources: Sequence[Tonight], published: Published, verified: Verified, interrupted: bool,
     clock: Clock, seconds: float,
 ) -> dict[str, Any]:  # fmt: skip
-    """Sums over the sources that could be listed, and each of them."""
+    """Sums over the sources that were begun, as they are now, and each of them."""
     reports = [one.report for one in sources if one.report is not None]
     sums = {name: sum(getattr(report, name) for report in reports) for name in COUNTED}
     bound_s: Counter[str] = Counter()
@@ -115,7 +117,7 @@ def failed(plan: Nightly, error: Exception, code: int, seconds: float) -> dict[s
         "index": str(plan.index.out / "index.h5"),
         "generation": None,
         "sources": [],
-        "error": str(error),
-        "words": f"{type(error).__name__}: {error}",
+        "error": words(error),
+        "words": words(error),
         "exit": code,
     }

@@ -15,9 +15,10 @@ from typing import Any
 from urllib.parse import urlsplit
 
 from pipeline.config import UsageError
-from pipeline.exits import BUDGET_SPENT, DONE
+from pipeline.exits import BUDGET_SPENT, DONE, LOCKED
 from pipeline.metrics import write_metrics
 from pipeline.nightly_config import Nightly, WebhookTable
+from pipeline.run_reports import write_night
 
 log = logging.getLogger("nightjar")
 
@@ -48,6 +49,11 @@ def write_log(path: Path) -> None:
 def tell_all(plan: Nightly, night: Mapping[str, Any]) -> None:
     """`night` is the JSON of its last line."""
     log.info("%s", night["words"], extra={"more": {"night": night}})
+    if night["exit"] != LOCKED and (plan.index.out / "runs").is_dir():  # another night's turn, or no index yet
+        try:
+            write_night(plan.index.out, night)
+        except OSError as error:
+            log.error("nothing of this night for pipeline.status: %s", error)
     if plan.report.metrics is not None:
         try:
             write_metrics(plan.report.metrics, night)

@@ -1,21 +1,23 @@
 """Reads the bytes of many pictures at once, and asks again where a network only stumbled.
 
-What fails for a passing reason is read again when all others of its batch are through: once more immediately, then
-after two short waits that all such rows of the batch share (1.6 s at most). A source that is down must not turn that
-into hours: once half a minute of waiting in a row was in vain, nobody waits any more until a second read brings a row.
+What fails for a passing reason waits beside the line: it is read again when all others of its batch are through, then
+twice more, each time a little later, between the batches that come after it. Only at the end of a chunk there is
+nothing else to read meanwhile (1.6 s at most). A source that is down must not turn that into hours: once half a minute
+of waiting in a row was in vain, nobody waits any more until a second read brings a row.
 """
 
 from __future__ import annotations
 
 import errno
+import random
 import sys
-from collections.abc import Callable, Sequence
+from collections import deque
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
-from time import sleep
-from typing import TypeAlias
+from time import monotonic, sleep
+from typing import NamedTuple, TypeAlias
 
 from blake3 import blake3
-from tenacity import RetryCallState, Retrying, retry_if_result, wait_chain, wait_none, wait_random
 
 from pipeline.batch import BadImage, Failure
 from pipeline.sources import Source
@@ -23,7 +25,8 @@ from pipeline.store import PendingItem
 
 Read: TypeAlias = tuple[bytes, bytes] | Failure  # the bytes and their hash, or why not
 
-WAITS = (wait_none(), wait_random(0.2, 0.4), wait_random(0.8, 1.2))  # before the second round and those after it
+# Between least and most, before the second read and those after it: lanes that stumbled together do not come back so.
+WAITS_S = ((0.0, 0.0), (0.2, 0.4), (0.8, 1.2))
 PATIENCE_S = 30.0
 PASSING_ERRNOS = frozenset(
     {
@@ -32,7 +35,14 @@ PASSING_ERRNOS = frozenset(
     }
 )  # fmt: skip
 PASSING_STATUS = frozenset({408, 425, 429, 500, 502, 503, 504})  # of HTTP
-CHANGED_WHILE_READ = "the file changed while it was read"  # words of pipeline.sources: its writer may be done soon
+
+
+class _Waiting(NamedTuple):
+    """Rows that are to be read together, from some moment on."""
+
+    due_s: float
+    reads: int  # that they have behind them
+    rows: Sequence[PendingItem]
 
 
 def is_passing(bad: BadImage) -> bool:
@@ -40,9 +50,7 @@ def is_passing(bad: BadImage) -> bool:
     if bad.failure.reason != "read_error":
         return False
     cause = bad.__cause__
-    if cause is None:
-        return bad.failure.words == CHANGED_WHILE_READ
-    if isinstance(cause, TimeoutError | ConnectionError):  # fsspec's timeout is one
+    if bad.passing or isinstance(cause, TimeoutError | ConnectionError):  # fsspec's timeout is one
         return True
     if isinstance(cause, OSError):
         return cause.errno in PASSING_ERRNOS
@@ -53,44 +61,54 @@ def is_passing(bad: BadImage) -> bool:
 
 
 class Reader:
-    """Reads for one lane; `stopped` ends all waiting."""
+    """Reads for one lane; `stopped` ends all reading."""
 
     def __init__(self, source: Source, pool: ThreadPoolExecutor, threads: int, stopped: Callable[[], bool]) -> None:
         self._source, self._pool, self._threads, self._stopped = source, pool, threads, stopped
         self._patience_s = PATIENCE_S
-        self._again = Retrying(
-            retry=retry_if_result(bool),
-            stop=self._is_over,
-            wait=wait_chain(*WAITS),
-            sleep=self._wait,
-            retry_error_callback=lambda state: None,
-        )
 
-    def read_all(self, group: Sequence[PendingItem]) -> list[Read]:
-        """One for each row, in order."""
-        reads: dict[int, Read] = {}
+    def read_chunk(self, groups: Iterable[Sequence[PendingItem]]) -> Iterator[list[tuple[PendingItem, Read]]]:
+        """Every row of `groups` once, as they come: each group in order, but what stumbled stands further down."""
+        waiting: deque[_Waiting] = deque()
+        for group in groups:
+            if self._stopped():
+                return
+            yield self._read(_Waiting(0.0, 0, group), waiting)
+            for _ in range(len(waiting)):
+                again = waiting.popleft()
+                if again.due_s <= monotonic():
+                    yield self._read(again, waiting)
+                else:
+                    waiting.append(again)
+        while waiting:
+            again = min(waiting)
+            waiting.remove(again)
+            self._wait(again.due_s - monotonic())
+            if self._stopped():
+                return
+            yield self._read(again, waiting)
+
+    def _read(self, group: _Waiting, waiting: deque[_Waiting]) -> list[tuple[PendingItem, Read]]:
+        """What came, and what never will; the others go back to `waiting`."""
+        rows, reads = group.rows, dict[int, Read]()
         passing: set[int] = set()
 
-        def round_of_reads() -> set[int]:
-            """Those that may still come."""
-            again = bool(passing)
-            todo = sorted(passing) if again else list(range(len(group)))
+        def read_every(first: int) -> None:
+            # One task for each thread, not for each row: with 256 rows the bookkeeping took a third of the time.
+            for at in range(first, len(rows), self._threads):
+                reads[at], may_come = self._read_one(rows[at])
+                if may_come:
+                    passing.add(at)
+
+        list(self._pool.map(read_every, range(self._threads)))
+        if group.reads and len(passing) < len(rows):
+            self._patience_s = PATIENCE_S
+        if passing and group.reads < (len(WAITS_S) if self._patience_s > 0 else 1):
+            due_s = monotonic() + random.uniform(*WAITS_S[group.reads])
+            waiting.append(_Waiting(due_s, group.reads + 1, [rows[at] for at in sorted(passing)]))
+        else:
             passing.clear()
-
-            def read_every(first: int) -> None:
-                # One task for each thread, not for each row: with 256 rows the bookkeeping took a third of the time.
-                for at in todo[first :: self._threads]:
-                    reads[at], may_come = self._read_one(group[at])
-                    if may_come:
-                        passing.add(at)
-
-            list(self._pool.map(read_every, range(self._threads)))
-            if again and len(passing) < len(todo):
-                self._patience_s = PATIENCE_S
-            return passing
-
-        self._again(round_of_reads)
-        return [reads[at] for at in range(len(group))]
+        return [(row, reads[at]) for at, row in enumerate(rows) if at not in passing]
 
     def _read_one(self, row: PendingItem) -> tuple[Read, bool]:
         """What came, and whether it is worth asking again."""
@@ -100,10 +118,7 @@ class Reader:
             return bad.failure, is_passing(bad)
         return (encoded, blake3(encoded).digest(length=16)), False
 
-    def _is_over(self, state: RetryCallState) -> bool:
-        rounds = state.attempt_number
-        return rounds > len(WAITS) or self._stopped() or (rounds > 1 and self._patience_s <= 0)
-
     def _wait(self, seconds: float) -> None:
-        self._patience_s -= seconds
-        sleep(seconds)
+        if seconds > 0:
+            self._patience_s -= seconds
+            sleep(seconds)

@@ -1,34 +1,36 @@
 """Rows of a published generation, embedded again from their pictures and compared with what is stored.
 
-The road is that of a run: the source reads, the stages of a CPU lane decode and resize, an engine gives vectors. Which
-engine made a row is not stored, so rows are judged by the parity contract across devices (docs/design.md, section 6):
-error in units of the spread of the golden vectors, for which every engine of the artifact has passed its own bar. Rows
-with the same bits are counted: on the host and with the engine that made them, that should be all of them.
+The road is that of a run: the source reads, the stages of a lane decode and resize, an engine gives vectors. A row that
+this very engine made on a CPU, in a run with the libraries that are here now, must come out with the same bits. All
+others are judged by the parity contract across devices (docs/design.md, section 6): error in units of the spread of the
+golden vectors, for which every engine of the artifact has passed its own bar.
 """
 
 from __future__ import annotations
 
 import json
 import logging
+import multiprocessing
 import os
 import time
 from collections import deque
 from collections.abc import Iterator
-from concurrent.futures import ThreadPoolExecutor
+from concurrent.futures import ProcessPoolExecutor, ThreadPoolExecutor
+from concurrent.futures.process import BrokenProcessPool
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Literal
 
 import numpy as np
 import numpy.typing as npt
 
 from engines import Engine
 from engines.gate import SPREAD_ERROR_MAX, golden, spread
-from engines.hardware import physical_cores
-from engines.spec import Artifact, Precision
-from pipeline.batch import BadImage, Batch
-from pipeline.devices import open_lane_engine, open_stages
-from pipeline.lanes import ENGINE_SLOTS_MAX, Board, LaneSpec
+from engines.spec import EngineCard, Precision
+from pipeline.batch import BadImage, Batch, DeviceUnavailable
+from pipeline.devices import Devices, EngineWish, lane_specs, open_lane_engine, open_stages
+from pipeline.lanes import ENGINE_SLOTS_MAX, Board, see_only
+from pipeline.run_record import versions
+from pipeline.run_reports import read_report
 from pipeline.sources import Source, open_source
 from pipeline.store import Generation, Picture, Scope, content_hash
 
@@ -41,6 +43,7 @@ ROW_FACTOR = 3.0
 READ_THREADS = 8
 GROUP_ROWS = 4096  # whose keys, places and vectors are held at once
 LINE_S = 10.0  # between two lines of progress
+DECODERS = ("nightjar", "numpy", "pillow", "pillow-heif", "simplejpeg")  # packages that make pixels of bytes
 
 
 @dataclass(frozen=True, slots=True)
@@ -63,6 +66,7 @@ class Comparison:
     row_error_allowed: float
     compared: int = 0
     same_bits: int = 0
+    bits_due: int = 0  # of those compared: made by this engine with these libraries, so the bits must be the same
     changed: int = 0  # the file holds other bytes now: the next run embeds them
     unreadable: int = 0
     error: float = 0.0  # mean of the compared rows that are not off
@@ -78,49 +82,76 @@ class _Group:
     pictures: list[Picture]
     hashes: list[bytes]
     stored_nd: npt.NDArray[np.float16]
+    bits_due: npt.NDArray[np.bool_]  # (n,) whether a row must come out with the same bits
 
 
-def compare(
-    generation: Generation,
-    artifact: Artifact,
-    rows: npt.NDArray[np.int64],
-    runtime: str,
-    precision: Precision | Literal["auto"],
-) -> Comparison:
-    """Embed `rows` of index.h5 again, on the CPU of this host.
+def compare_on(devices: Devices, wish: EngineWish, index: Path, number: int, rows: npt.NDArray[np.int64]) -> Comparison:
+    """Embed `rows` of index.h5 of generation `number` again, on the first of `devices`.
 
     Raises:
-        SourceError: a source of the generation is not there. EngineUnavailable: no such engine for this host.
+        SourceError: a source of the generation is not there. EngineUnavailable, DeviceUnavailable: no such engine here.
     """
-    sources = {_name(scope): _open(scope) for scope in generation.sources.values()}
-    threads = physical_cores()
-    spec = LaneSpec(
-        name="verify", device="cpu", source=next(iter(sources.values())), artifact_path=artifact.path,
-        preprocess=artifact.spec.preprocess, runtime=runtime, precision=precision, engine_threads=threads,
-        decode_threads=threads, space=artifact.spec.space, log_path=Path(os.devnull),
-    )  # fmt: skip
-    engine, board = open_lane_engine(spec), Board(threads + ENGINE_SLOTS_MAX)
-    stages = open_stages(spec, board, engine)
-    made_by: list[Precision] = [card.precision for _, card in artifact.cards() if card.tower == "vision"]
-    # Another host may have made a row with an engine that was not built here; none but int8 is less exact than bf16.
-    allowed = max(SPREAD_ERROR_MAX[p] for p in [*made_by, "bf16"]) + SPREAD_ERROR_MAX[engine.card.precision]
-    allowed += STORED_ERROR
-    found = Comparison(
-        f"{engine.card.runtime} {engine.card.precision}", len(rows), allowed, ROW_FACTOR * allowed
-    )  # fmt: skip
-    unit, errors, line_s = spread(golden(artifact, "vision")[1]), 0.0, time.monotonic()
-    with ThreadPoolExecutor(READ_THREADS) as pool:
+    device = devices.names[0]
+    log.info("embedded again on %s: %s", device, devices.reason)
+    if device == "cpu":
+        return compare(devices, wish, index, number, rows)
+    # One process sees one GPU, and this one has counted them all.
+    context = multiprocessing.get_context("spawn")
+    with ProcessPoolExecutor(1, context, see_only, (device,)) as pool:
+        try:
+            return pool.submit(compare, devices, wish, index, number, rows).result()
+        except BrokenProcessPool:
+            raise DeviceUnavailable(
+                f"{device} took the process down that embedded pictures again; try --devices cpu, and make gpu-check"
+            ) from None
+
+
+def compare(devices: Devices, wish: EngineWish, index: Path, number: int, rows: npt.NDArray[np.int64]) -> Comparison:
+    """As `compare_on`, in this process."""
+    artifact = wish.artifact
+    with Generation.at(index, number) as generation, ThreadPoolExecutor(READ_THREADS) as pool:
+        sources = {_name(scope): _open(scope) for scope in generation.sources.values()}
+        spec = lane_specs(devices, next(iter(sources.values())), wish, Path(os.devnull))[0]
+        engine, board = open_lane_engine(spec), Board(spec.decode_threads + ENGINE_SLOTS_MAX)
+        stages = open_stages(spec, board, engine)
+        made_by: list[Precision] = [card.precision for _, card in artifact.cards() if card.tower == "vision"]
+        # Another host may have made a row with an engine that was not built here; none but int8 is less exact than bf16
+        allowed = max(SPREAD_ERROR_MAX[p] for p in [*made_by, "bf16"]) + SPREAD_ERROR_MAX[engine.card.precision]
+        allowed += STORED_ERROR
+        found = Comparison(
+            f"{engine.card.runtime} {engine.card.precision}", len(rows), allowed, ROW_FACTOR * allowed
+        )  # fmt: skip
+        unit, errors, line_s = spread(golden(artifact, "vision")[1]), 0.0, time.monotonic()
+        same = _same_engine(index, generation, engine.card) if spec.kind == "cpu" else []
         for first in range(0, len(rows), GROUP_ROWS):
-            group = _group(generation, rows[first : first + GROUP_ROWS])
+            group = _group(generation, rows[first : first + GROUP_ROWS], same)
             batches = _batches(group, sources, engine.card.batch, pool, found)
             for batch in _embed(engine, stages, batches):
                 errors += _judge(group, batch, unit, found)
                 if time.monotonic() - line_s >= LINE_S:
                     line_s = time.monotonic()
                     log.info("embedded again: %s of %s rows", f"{first + int(batch.ids.max()):,}", f"{len(rows):,}")
-    stages.close()
+        stages.close()
     found.error = errors / max(1, found.compared - len(found.off))
     return found
+
+
+def _same_engine(index: Path, generation: Generation, card: EngineCard) -> list[tuple[int, int]]:
+    """Stretches of index.h5, first row and end, whose vectors this engine made with the libraries that are here now.
+
+    Decoders are in no card, and a new release may decode to other levels; the record of a run says what it had. A
+    segment holds vectors of many runs, so nothing is known of it.
+    """
+    now = {package: version for package, version in versions().items() if package in DECODERS}
+    same = []
+    for block in generation.blocks():
+        folder, _, name = block.name.partition("/")
+        if block.engine != card.identity or folder != "shards":
+            continue
+        then = (read_report(index, int(name.partition("-")[0])) or {}).get("versions", {})
+        if {package: version for package, version in then.items() if package in DECODERS} == now:
+            same.append((block.first_row, block.first_row + block.live))
+    return same
 
 
 def _name(scope: Scope) -> str:
@@ -131,10 +162,13 @@ def _open(scope: Scope) -> Source:
     return open_source(scope.kind, scope.root, split=scope.options.get("split"))
 
 
-def _group(generation: Generation, rows: npt.NDArray[np.int64]) -> _Group:
+def _group(generation: Generation, rows: npt.NDArray[np.int64], same: list[tuple[int, int]]) -> _Group:
+    bits_due = np.zeros(len(rows), np.bool_)
+    for first, end in same:
+        bits_due |= (rows >= first) & (rows < end)
     return _Group(
         rows, generation.keys(rows), generation.pictures(rows), generation.content_hashes(rows),
-        generation.vectors(rows),
+        generation.vectors(rows), bits_due,
     )  # fmt: skip
 
 
@@ -194,7 +228,9 @@ def _judge(group: _Group, batch: Batch, unit: float, found: Comparison) -> float
     assert batch.emb_nd is not None
     got, stored = batch.emb_nd, group.stored_nd[batch.ids]
     found.compared += len(got)
-    found.same_bits += int(np.count_nonzero((got.view(np.uint16) == stored.view(np.uint16)).all(axis=1)))
+    same_bits, bits_due = (got.view(np.uint16) == stored.view(np.uint16)).all(axis=1), group.bits_due[batch.ids]
+    found.same_bits += int(np.count_nonzero(same_bits))
+    found.bits_due += int(np.count_nonzero(bits_due))
     errors = np.linalg.norm(got.astype(np.float32) - stored.astype(np.float32), axis=1) / unit
     total = 0.0
     for place, at in enumerate(batch.ids.tolist()):
@@ -202,6 +238,8 @@ def _judge(group: _Group, batch: Batch, unit: float, found: Comparison) -> float
             words = f"does not decode any more: {batch.failed[place].reason}, {batch.failed[place].words}"
         elif not errors[place] <= found.row_error_allowed:  # this way round, so that NaN is off
             words = f"error/spread {errors[place]:.3f}"
+        elif bits_due[place] and not same_bits[place]:
+            words = f"other bits of the same engine, {found.engine}: error/spread {errors[place]:.5f}"
         else:
             total += float(errors[place])
             continue

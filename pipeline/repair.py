@@ -8,7 +8,7 @@ import json
 import os
 from collections.abc import Iterator
 from pathlib import Path
-from typing import TypeAlias
+from typing import NamedTuple, TypeAlias
 
 from engines.spec import Artifact, ArtifactMissing, artifacts_root, find_artifact
 from pipeline import index
@@ -19,6 +19,7 @@ from pipeline.store.check import Health, open_readonly
 from pipeline.store.drop import drop_generations
 from pipeline.store.files import take_lock
 from pipeline.store.manifest import connect
+from pipeline.store.publish import missing
 from pipeline.verify_config import VerifyConfig
 
 Dropped: TypeAlias = tuple[str, str, str, str]  # kind, root, options in JSON, name of the space
@@ -33,9 +34,15 @@ class RepairFailed(Exception):
 
 
 def embed_again(cfg: VerifyConfig, health: Health, dropped: list[Dropped]) -> int:
-    """Run `pipeline.index` over every source that has dropped pictures, all others are known to it; publish."""
-    embedded = 0
-    for kind, root, options, space in dropped:
+    """Run `pipeline.index` over every source that has dropped pictures, all others are known to it; publish.
+
+    The model that readers see comes last, and with all sources where it lacks a vector: those may be on the way to
+    another model by now, and a generation without their pictures would look sound.
+    """
+    embedded, shown = 0, _shown(cfg.out)
+    work = [one for one in dropped if one[3] != shown.space]
+    work += shown.sources if shown.lacking else [one for one in dropped if one[3] == shown.space]
+    for kind, root, options, space in work:
         artifact = artifact_of(cfg, space)
         if find_artifact(artifact.spec.model).path != artifact.path:
             raise UsageError(
@@ -43,7 +50,7 @@ def embed_again(cfg: VerifyConfig, health: Health, dropped: list[Dropped]) -> in
                 f"{root}; move it out of {artifacts_root()}"
             )
         args = ["--source", kind, f"--root={root}", "--model", artifact.spec.model, "--out", str(cfg.out), "--json"]
-        args += ["--runtime", cfg.runtime, "--precision", cfg.precision]
+        args += ["--runtime", cfg.runtime, "--precision", cfg.precision, "--devices", cfg.devices]
         if split := json.loads(options).get("split"):
             args += ["--split", split]
         with contextlib.redirect_stdout(io.StringIO()) as stdout:
@@ -52,11 +59,25 @@ def embed_again(cfg: VerifyConfig, health: Health, dropped: list[Dropped]) -> in
         if code not in (DONE, MANY_QUARANTINED):
             raise RepairFailed(code, last.get("error", "it was interrupted"))
         embedded += last["embedded"]
-    if health.broken.republish and not dropped:
+    if health.broken.republish and not any(space == shown.space for *_, space in work):
         publish_again(cfg)
     with locked(cfg.out), contextlib.closing(connect(cfg.out / "manifest.sqlite")) as db:
         drop_generations(cfg.out, db, health.broken)
     return embedded
+
+
+class _Shown(NamedTuple):
+    space: str | None  # of the newest generation; None where there is none
+    lacking: int  # pictures without a vector of it
+    sources: list[Dropped]  # all of them
+
+
+def _shown(out: Path) -> _Shown:
+    with contextlib.closing(open_readonly(out)) as db:
+        sql = "SELECT id, name FROM space WHERE id = (SELECT space FROM generation ORDER BY number DESC LIMIT 1)"
+        number, name = db.execute(sql).fetchone() or (None, None)
+        sources = db.execute("SELECT kind, root, options FROM source ORDER BY id").fetchall()
+        return _Shown(name, missing(db, number) if number else 0, [(*source, name) for source in sources])
 
 
 def publish_again(cfg: VerifyConfig) -> None:

@@ -23,6 +23,7 @@ from pipeline.exits import DONE, FAILED, USAGE
 from pipeline.report_charts import HEIGHT, WIDTH, Share, chart, median_rate, shares, stages
 from pipeline.report_looks import NEAR_DUPLICATE_COSINE, Looks, look
 from pipeline.report_words import MEANING, STATES, advice, again, headline, page_template
+from pipeline.run_reports import unended
 from pipeline.store import Generation, NoIndex, StoreError
 from pipeline.store.files import write_text
 from pipeline.thumbnails import Request, Thumbnails
@@ -62,7 +63,8 @@ def write_report(index: Path, run_number: int) -> Path:
     series = run.get("throughput") or {"width_s": 1.0, "rows": [], "lane_s": [], "bound": []}
     page = page_template().get_template("report.html").render(
         run=run, started=_moment(run), state=STATES.get(run["exit"], "failed"), headline=headline(run),
-        advice=advice(run, index), again=again(run, index), before=history[0] if history else None, history=history,
+        advice=advice(run, index), unended=unended(index, run_number),
+        again=again(run, index), before=history[0] if history else None, history=history,
         parts=PARTS, adds_up=run["inputs"] == sum(run[part] for part in PARTS), chart=chart(series),
         median=median_rate(series), stages=stages(series) if series["rows"] else [], phases=_phases(run),
         tonight=tonight, unseen=unseen, quarantine=quarantine, meaning=MEANING, untold=untold, width=WIDTH,
@@ -84,7 +86,7 @@ def load_run(index: Path, number: int) -> dict[str, Any]:
         run: dict[str, Any] = json.loads(path.read_text(encoding="utf-8"))
     except FileNotFoundError:
         there = ", ".join(map(str, run_numbers(index)[-RUNS_SHOWN:])) or "none"
-        raise ReportError(f"{index} has no record of run {number}, only of {there}; a failed one left none") from None
+        raise ReportError(f"{index} has no record of run {number}, only of {there}; a killed one left none") from None
     except ValueError as error:
         raise ReportError(f"{path} is no JSON ({error}): it was damaged after the run; take another one") from None
     if run.get("schema") != SCHEMA or not {"inputs", "exit", *PARTS} <= run.keys():

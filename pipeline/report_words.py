@@ -16,7 +16,7 @@ from jinja2 import Environment, FileSystemLoader, StrictUndefined
 from pipeline import exits
 from pipeline.thumbnails import Thumbnail
 
-KEY_CHARS, WORDS_CHARS = 200, 240
+KEY_CHARS, WORDS_CHARS, ERROR_CHARS = 200, 240, 600
 JOINER = "\u200d"  # holds emoji together; every other character that does not print is shown by its number
 
 MEANING = {
@@ -44,7 +44,9 @@ STATES = {
 
 
 def headline(run: Mapping[str, Any]) -> str:
-    """What happened, in one sentence."""
+    """What happened, in one sentence; of a run that failed, what failed."""
+    if run.get("error"):
+        return f"Failed: {shown(masked(run['error']), ERROR_CHARS)}"
     facts = [
         _count(run["embedded"], "new picture", "new pictures"),
         _count(run["copied"], "known one under another name", "known ones under other names"),
@@ -91,7 +93,7 @@ def advice(run: Mapping[str, Any], index: Path) -> tuple[str, str] | None:
     }  # fmt: skip
     if run["exit"] == exits.DONE:
         return None
-    return told.get(run["exit"], ("The run failed; its log says why. The same command tries again.", command))
+    return told.get(run["exit"], ("What was done before it failed is kept; the same command goes on there.", command))
 
 
 def shown(text: object, limit: int = KEY_CHARS) -> str:

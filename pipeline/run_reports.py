@@ -3,18 +3,24 @@
 from __future__ import annotations
 
 import json
+import logging
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
 from pipeline.config import UsageError
 from pipeline.duration import words
+from pipeline.store.files import write_text
+
+log = logging.getLogger("nightjar")
 
 LOOK_BACK_RUNS = 10  # a run that changed nothing publishes in no time: the longest of a few is the honest figure
+NIGHT = "last-night.json"
 MARGIN = 1.25  # an index grows from night to night
 
 
 def read_report(out: Path, run: int) -> dict[str, Any] | None:
-    """None for a run that is still going on, or left no report: it failed or was killed."""
+    """None for a run that is still going on, or never ended."""
     try:
         report: dict[str, Any] = json.loads((out / "runs" / f"{run}.json").read_text(encoding="utf-8"))
     except FileNotFoundError:
@@ -22,10 +28,40 @@ def read_report(out: Path, run: int) -> dict[str, Any] | None:
     return report
 
 
+def write_night(out: Path, night: Mapping[str, Any]) -> None:
+    """What the last night came to, also where no source of it could be begun; read by `pipeline.status`."""
+    told = {name: night[name] for name in ("started", "seconds", "generation", "words", "exit")}
+    write_text(out / "runs" / NIGHT, json.dumps(told, indent=1))
+
+
+def read_night(out: Path) -> dict[str, Any] | None:
+    try:
+        night: dict[str, Any] = json.loads((out / "runs" / NIGHT).read_text(encoding="utf-8"))
+    except FileNotFoundError:
+        return None
+    return night
+
+
 def recent_reports(out: Path, count: int) -> list[dict[str, Any]]:
     """Of the last `count` runs that left one, newest first."""
     runs = sorted((int(path.stem) for path in (out / "runs").glob("*.json") if path.stem.isdecimal()), reverse=True)
     return [report for run in runs[:count] if (report := read_report(out, run)) is not None]
+
+
+def unended(out: Path, run: int) -> list[int]:
+    """Runs right before this one that left no record; newest first."""
+    found: list[int] = []
+    for earlier in range(run - 1, max(0, run - 1 - LOOK_BACK_RUNS), -1):
+        if (out / "runs" / f"{earlier}.json").exists():
+            break
+        found.append(earlier)
+    return found
+
+
+def tell_unended(out: Path, run: int) -> None:
+    """To be called by who holds the lock and has not begun another run, so that none of them is going on."""
+    for earlier in unended(out, run):
+        log.warning("run %d never ended: it was killed, or its machine went down. This one goes on there", earlier)
 
 
 def publishing_s(out: Path) -> float:

@@ -8,6 +8,7 @@ from __future__ import annotations
 import argparse
 import json
 import logging
+import math
 import shlex
 import sqlite3
 import sys
@@ -16,6 +17,7 @@ from datetime import datetime
 from pathlib import Path
 from typing import Any
 
+import psutil
 from rich.console import Console
 from rich.markup import escape
 from rich.table import Table
@@ -23,7 +25,7 @@ from rich.table import Table
 from pipeline.config import UsageError, index_words, only_index_here
 from pipeline.exits import DONE, FAILED, USAGE
 from pipeline.generations import Kept, kept_generations
-from pipeline.run_reports import read_report
+from pipeline.run_reports import read_night, read_report
 from pipeline.store import NoIndex, StoreError
 from pipeline.store.ledger import Entry, SourceState, Stock, quarantine_ledger, take_stock
 
@@ -31,6 +33,7 @@ log = logging.getLogger("nightjar")
 
 SCHEMA = 1
 STATES = ("embedded", "pending", "quarantined", "deleted")
+TOLD = ("exit", "error", "seconds", "embedded", "quarantined_new", "deleted")  # of a run, by its record
 EXAMPLES_PER_REASON, RUNS_SHOWN = 3, 5
 EXAMPLES = """examples:
   python -m pipeline.status --out inat2021-index
@@ -60,18 +63,19 @@ def status(index: Path) -> dict[str, Any]:
         NoIndex: nothing was ever indexed there. sqlite3.Error, StoreError, OSError: what is there cannot be read.
     """
     stock = take_stock(index, examples=EXAMPLES_PER_REASON, runs=RUNS_SHOWN)
-    kept = _kept(index)
+    kept, running = _kept(index), writer(index)
     shown = next((one for one in kept if one.shown), None)
     return {
         "schema": SCHEMA,
         "index": str(index),
-        "running": writer(index),
+        "running": running,
         "generation": shown and {"number": shown.number, "published": shown.published, "rows": shown.rows,
                                  "model": shown.model, "pinned": stock.pinned is not None},
         "generations": [one.number for one in kept],
         "bytes": {part: _bytes(index, part) for part in ("manifest", "shards", "segments", "generations")},
         "sources": [_source(index, source, stock, shown) for source in stock.sources],
-        "runs": _runs(index, stock),
+        "last_night": read_night(index),
+        "runs": _runs(index, stock, running),
     }  # fmt: skip
 
 
@@ -125,14 +129,25 @@ def _source(index: Path, source: SourceState, stock: Stock, shown: Kept | None) 
     }  # fmt: skip
 
 
-def _runs(index: Path, stock: Stock) -> list[dict[str, Any]]:
+def _runs(index: Path, stock: Stock, running: int | None) -> list[dict[str, Any]]:
     roots = {source.number: source.root for source in stock.sources}
+    now_s = _started_s(running) if running is not None else math.inf
     runs = []
     for start in stock.runs:
-        report = read_report(index, start.run) or {}
-        told = {name: report.get(name) for name in ("exit", "seconds", "embedded", "quarantined_new", "deleted")}
-        runs.append({"run": start.run, "root": roots[start.source], "started": _time(start.started_s), **told})
+        report = read_report(index, start.run)
+        told = {name: (report or {}).get(name) for name in TOLD}
+        never_ended = report is None and start.started_s < now_s
+        told |= {"run": start.run, "root": roots[start.source], "started": _time(start.started_s)}
+        runs.append(told | {"never_ended": never_ended})
     return runs
+
+
+def _started_s(process: int) -> float:
+    """Seconds since 1970, rounded down as the manifest does; 0 where another container's processes cannot be asked."""
+    try:
+        return math.floor(psutil.Process(process).create_time())
+    except psutil.Error:
+        return 0.0
 
 
 def _as_json(entry: Entry) -> dict[str, Any]:
@@ -159,10 +174,14 @@ def _print(found: dict[str, Any]) -> None:
             console.print(f"[bold]{reason}[/] {told['count']:,} of {escape(_name(source))}")
             for entry in told["examples"]:
                 tried = f"tried {entry['attempts']} times" if entry["attempts"] > 1 else "tried once"
-                console.print(f"  {escape(printable(entry['key']))}: {escape(printable(entry['words']))} ({tried})")
+                line = f"  {escape(printable(entry['key']))}: {escape(printable(entry['words']))} ({tried})"
+                console.print(line, soft_wrap=True)
             console.print(f"  try again: {escape(told['retry'])}", soft_wrap=True)
+    if night := found["last_night"]:
+        line = f"last night {night['started']}: exit {night['exit']}: {printable(night['words'])}"
+        console.print(escape(line), soft_wrap=True)
     for run in found["runs"]:
-        console.print(escape(_run_line(run, found["running"])), soft_wrap=True)
+        console.print(escape(_run_line(run)), soft_wrap=True)
 
 
 def _headline(found: dict[str, Any]) -> Iterator[str]:
@@ -178,14 +197,17 @@ def _headline(found: dict[str, Any]) -> Iterator[str]:
         yield f"a run is going on (process {found['running']})"
 
 
-def _run_line(run: dict[str, Any], running: int | None) -> str:
+def _run_line(run: dict[str, Any]) -> str:
     head = f"run {run['run']} {run['started']} {run['root']}: "
+    if run["never_ended"]:
+        return head + "never ended: it was killed, or its machine went down. The next run goes on there"
     if run["exit"] is None:
-        return head + ("no report" if running is None else "no report yet")
-    return head + (
+        return head + "going on"
+    done = (
         f"exit {run['exit']}, {run['embedded']:,} embedded, {run['quarantined_new']:,} newly quarantined, "
         f"{run['deleted']:,} deleted in {run['seconds']:,.0f} s"
     )
+    return head + (f"{done}: {printable(run['error'])}" if run["error"] else done)
 
 
 def _name(source: dict[str, Any]) -> str:

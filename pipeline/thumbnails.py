@@ -10,10 +10,6 @@ picture has no thumbnail and the next one gets a new child. Only bytes come back
 from __future__ import annotations
 
 import json
-import multiprocessing
-import resource
-import subprocess
-import sys
 import time
 from collections.abc import Mapping
 from contextlib import suppress
@@ -27,6 +23,7 @@ from urllib.parse import quote_from_bytes, unquote_to_bytes
 from PIL import Image, ImageFile, ImageOps
 
 from pipeline.batch import BadImage
+from pipeline.child import Child, confined
 from pipeline.decode_cpu import OPENERS
 from pipeline.headers import sniff
 from pipeline.sources import Source, SourceError, open_source
@@ -65,8 +62,7 @@ class Thumbnails:
 
     _made: dict[str, Thumbnail] = field(default_factory=dict)
     _left_s: float = ALL_S
-    _process: subprocess.Popen[bytes] | None = None
-    _conn: Connection | None = None
+    _child: Child | None = None
 
     def __enter__(self) -> Thumbnails:
         return self
@@ -92,46 +88,34 @@ class Thumbnails:
         if self._left_s <= 0:
             return Thumbnail(b"", "not tried: the time for thumbnails was spent on others")
         try:
-            conn = self._conn or self._start()
+            conn = self._start()
             conn.send_bytes(line.encode())
             if conn.poll(min(PICTURE_S, self._left_s)):
                 status, _, answer = conn.recv_bytes().partition(b" ")
                 return Thumbnail(answer, "") if status == b"jpeg" else Thumbnail(b"", answer.decode(errors="replace"))
             words = f"no picture after {PICTURE_S:g} s"
-        except (EOFError, OSError) as error:
-            words = f"its decoder process died ({type(error).__name__})"
+        except (EOFError, OSError):
+            return Thumbnail(b"", f"its decoder process died ({self._stop()})")
         self._stop()
         return Thumbnail(b"", words)
 
     def _start(self) -> Connection:
-        """A plain child, not one of multiprocessing: that would run the caller's main module again."""
-        self._conn, theirs = multiprocessing.Pipe()
-        with theirs:
-            command = [sys.executable, "-m", "pipeline.thumbnails", str(theirs.fileno())]
-            self._process = subprocess.Popen(command, pass_fds=[theirs.fileno()], stderr=subprocess.DEVNULL)
-        try:
-            if not self._conn.poll(START_S):
-                raise TimeoutError(f"no decoder process after {START_S:g} s")
-            self._conn.recv_bytes()
-        except (EOFError, OSError):
-            self._left_s = 0  # the next one would not start either
-            raise
-        return self._conn
+        if self._child is None:
+            try:
+                self._child = Child.start(__name__, START_S)
+            except OSError:
+                self._left_s = 0  # the next one would not start either
+                raise
+        return self._child.conn
 
-    def _stop(self) -> None:
-        if self._process is not None and self._conn is not None:
-            self._process.kill()
-            self._process.wait()
-            self._conn.close()
-        self._process = self._conn = None
+    def _stop(self) -> str:
+        child, self._child = self._child, None
+        return child.end() if child is not None else "it did not start"
 
 
-def _child(conn: Connection) -> None:
-    resource.setrlimit(resource.RLIMIT_AS, (MEMORY_BYTES, MEMORY_BYTES))
-    resource.setrlimit(resource.RLIMIT_CORE, (0, 0))
+def _serve(conn: Connection) -> None:
     ImageFile.LOAD_TRUNCATED_IMAGES = True  # in this process alone: what decodes in part is shown in part
     sources: dict[str, Source] = {}
-    conn.send_bytes(b"ready")
     with suppress(EOFError, OSError):  # the parent has gone
         while True:
             kind, root, options, locator, size_bytes = json.loads(conn.recv_bytes())
@@ -173,4 +157,4 @@ def _thumbnail(encoded: bytes) -> bytes:
 
 
 if __name__ == "__main__":
-    _child(Connection(int(sys.argv[1])))
+    _serve(confined(MEMORY_BYTES))

@@ -30,8 +30,10 @@ from engines import EngineUnavailable
 from engines.spec import ArtifactMissing, ModelSpec
 from pipeline.batch import DeviceUnavailable
 from pipeline.config import UsageError
+from pipeline.devices import EngineWish, resolve_devices
 from pipeline.exits import DAMAGED, DONE, FAILED, LOCKED, USAGE
-from pipeline.reembed import Comparison, compare
+from pipeline.failures import words
+from pipeline.reembed import Comparison, compare_on
 from pipeline.repair import Dropped, RepairFailed, artifact_of, embed_again, locked
 from pipeline.sources import SourceError
 from pipeline.store import Generation, Locked, NoIndex, StoreError
@@ -84,8 +86,8 @@ def check(cfg: VerifyConfig) -> tuple[Health, Comparison | None, list[Dropped]]:
     dropped: list[Dropped] = []
     try:
         with opened(cfg) as db:
-            if words := [row[0] for row in db.execute("PRAGMA quick_check(3)") if row[0] != "ok"]:
-                raise sqlite3.DatabaseError("; ".join(words))
+            if faults := [row[0] for row in db.execute("PRAGMA quick_check(3)") if row[0] != "ok"]:
+                raise sqlite3.DatabaseError("; ".join(faults))
             check_generations(cfg.out, db, check_data(cfg.out, db, health), health)
             check_spec(cfg.out, health)
             sound = health.generation is not None and health.generation not in health.broken.generations
@@ -159,8 +161,8 @@ def embed_and_compare(cfg: VerifyConfig, db: sqlite3.Connection, health: Health)
         if cfg.level == "sample":
             rng = np.random.default_rng(cfg.seed)
             rows = np.sort(rng.choice(rows, min(cfg.rows, generation.rows), replace=False))
-        artifact = artifact_of(cfg, generation.space)
-        found = compare(generation, artifact, rows, cfg.runtime, cfg.precision)
+        wish = EngineWish(artifact_of(cfg, generation.space), cfg.runtime, cfg.precision)
+        found = compare_on(resolve_devices(cfg.devices, wish), wish, cfg.out, generation.number, rows)
         space = db.execute("SELECT id FROM space WHERE name = ?", (generation.space,)).fetchone()[0]
     for off in found.off:
         health.broken.contents.add((off.content_hash, space))
@@ -210,8 +212,9 @@ def show(cfg: VerifyConfig, verdict: Verdict) -> None:
     if sample:
         print(
             f"{sample.compared:,} of {sample.rows:,} pictures embedded again with {sample.engine}: "
-            f"{sample.same_bits:,} with the same bits, mean error/spread {sample.error:.5f} (allowed "
-            f"{sample.error_allowed:.3f}); {sample.changed:,} have changed, {sample.unreadable:,} cannot be read"
+            f"{sample.same_bits:,} with the same bits ({sample.bits_due:,} have to), mean error/spread "
+            f"{sample.error:.5f} (allowed {sample.error_allowed:.3f}); {sample.changed:,} have changed, "
+            f"{sample.unreadable:,} cannot be read"
         )
     if verdict.embedded is not None:
         print(f"repaired: {verdict.embedded:,} pictures embedded again")
@@ -233,7 +236,7 @@ def main(argv: list[str] | None = None) -> int:
         return _fail(LOCKED, error, as_json)
     except RepairFailed as error:
         return _fail(error.code, error, as_json)
-    except (StoreError, OSError, sqlite3.Error) as error:
+    except (StoreError, OSError, MemoryError, sqlite3.Error) as error:
         return _fail(FAILED, error, as_json)
     if cfg.json:
         print(json.dumps(summary(cfg, verdict)), flush=True)
@@ -243,9 +246,9 @@ def main(argv: list[str] | None = None) -> int:
 
 
 def _fail(code: int, error: Exception, as_json: bool) -> int:
-    log.error("error: %s", error)
+    log.error("error: %s", words(error))
     if as_json:
-        print(json.dumps({"schema": SCHEMA, "error": str(error), "exit": code}), flush=True)
+        print(json.dumps({"schema": SCHEMA, "error": words(error), "exit": code}), flush=True)
     return code
 
 

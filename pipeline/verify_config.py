@@ -30,6 +30,7 @@ class VerifyConfig:
     rows: int = 256  # of `sample`
     seed: int = 0
     model: str | None = None
+    devices: str = "auto"
     runtime: str = "auto"
     precision: Precision | Literal["auto"] = "auto"
     repair: bool = False
@@ -48,6 +49,9 @@ def parse(argv: list[str] | None) -> VerifyConfig:
     parser.add_argument("--seed", type=int, default=0, metavar="S", help="sample: which (default: 0)")
     parser.add_argument("--repair", action="store_true", help="drop what is broken and embed it again")
     parser.add_argument("--model", help="hub id or directory (default: the model the index was made with)")
+    parser.add_argument(
+        "--devices", default="auto", help="sample, full: cpu, gpu:0, ... or auto (default), of several the first"
+    )
     parser.add_argument("--runtime", default="auto", choices=["auto", *RUNTIMES], help="sample, full: engine runtime")
     parser.add_argument("--precision", default="auto", choices=["auto", *get_args(Precision)], help="and its precision")
     parser.add_argument("--json", action="store_true", help="one JSON object instead of a table")

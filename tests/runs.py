@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import json
 import os
 import sqlite3
@@ -56,7 +57,8 @@ def index(root: Path, out: Path, *args: object, source: str = "folder", env: dic
 
 def quarantine(out: Path) -> dict[str, str]:
     """key -> reason, from the manifest (tests may look; readers never do)."""
-    with sqlite3.connect(out / "manifest.sqlite") as manifest:
+    # Closed at once: where the folder is replaced, a connection that closes later deletes the new file's journal.
+    with contextlib.closing(sqlite3.connect(out / "manifest.sqlite")) as manifest:
         return dict(manifest.execute("SELECT key, reason FROM input WHERE status = 'quarantined'"))
 
 

@@ -30,6 +30,7 @@ from fuzz import TARGETS, in_process
 from pipeline.batch import Item
 from pipeline.sources import Damage, Entry, SourceError, open_source
 from pipeline.sources.keys import MAX_FIELDS, MAX_TEXT, clean_metadata
+from pipeline.sources.places import words_of
 
 REPO = Path(__file__).resolve().parents[1]
 BOMB_S, BOMB_MB = 20.0, 700  # of one picture on a busy host; the budget of all decoders is 448 MB
@@ -369,6 +370,26 @@ def test_a_refused_password_is_nowhere_on_disk_or_screen(tmp_path: Path, tiny_mo
     assert ran.code == 2
     assert "hunter2" not in ran.stdout + ran.stderr
     assert not (tmp_path / "out").exists()
+
+
+@pytest.mark.parametrize("root", ["https://user:hunter2@example.org/x", "s3://bucket/x?X-Amz-Signature=hunter2"])
+def test_a_night_with_a_password_in_a_root_does_not_tell_it(tmp_path: Path, root: str) -> None:
+    """Neither the screen, nor log, metrics or webhook: it is refused before any of them is told of it."""
+    (tmp_path / "nightly.toml").write_text(
+        f'[index]\nout = "{tmp_path}/out"\n[report]\nlog = "{tmp_path}/log"\nmetrics = "{tmp_path}/metrics"\n'
+        f'[[source]]\nkind = "folder"\nroot = "{root}"\n'
+    )
+    for args in ((), ("--check",)):
+        ran = run_module("pipeline.nightly", "--config", tmp_path / "nightly.toml", *args)
+        assert ran.code == 2
+        assert "one without secrets" in ran.stderr
+        assert "hunter2" not in ran.stdout + ran.stderr
+    assert [path.name for path in tmp_path.iterdir()] == ["nightly.toml"]
+
+
+def test_an_address_that_a_server_signed_is_not_told() -> None:
+    error = ValueError("403, message='Forbidden', url='https://cdn.example.org/a.jpg?Signature=hunter2&Expires=9'")
+    assert words_of(error) == "ValueError: 403, message='Forbidden', url='https://cdn.example.org/a.jpg?***'"
 
 
 def test_nothing_that_runs_code_is_loaded() -> None:

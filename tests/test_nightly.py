@@ -25,7 +25,7 @@ from runs import Ran, index, run_module, vectors_by_key
 from pipeline import nightly
 from pipeline.config import Config, index_parser, parse_index
 from pipeline.exits import BUDGET_SPENT
-from pipeline.index import run
+from pipeline.index import Indexed, run
 from pipeline.metrics import write_metrics
 from pipeline.nightly_config import WebhookTable
 from pipeline.nightly_result import Tonight
@@ -307,12 +307,13 @@ def test_sources_share_a_budget_and_the_one_that_lags_behind_comes_last(
     shares: dict[str, float] = {}
     stop, seconds = Stop(), 900.0
 
-    def index_source(cfg: Any, store: object, stop: Stop) -> None:
+    def index_source(cfg: Any, store: object, stop: Stop, indexed: Indexed) -> None:
         shares[cfg.source.root] = stop.deadline_s - time.monotonic()
         if cfg.source.root == "broken":
             raise LaneFailed("no lane is left")
 
     monkeypatch.setattr(nightly, "index_source", index_source)
+    monkeypatch.setattr(nightly, "begin", lambda cfg, store: Indexed(1))
     monkeypatch.setattr(nightly, "pending_of", lambda index: {("folder", "behind"): 10_000})
     sources = [source(name) for name in ("behind", "broken", "small")]
     nightly.index_in_turn(sources, None, stop, time.monotonic() + seconds)  # type: ignore[arg-type]

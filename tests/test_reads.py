@@ -6,7 +6,6 @@ import errno
 import os
 import sys
 from collections import Counter
-from collections.abc import Callable
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from types import SimpleNamespace
@@ -43,16 +42,19 @@ class Flaky:
 
 @pytest.fixture
 def waits(monkeypatch: pytest.MonkeyPatch) -> list[float]:
-    """What was waited, without the waiting."""
+    """What was waited, without the waiting; a clock on which nothing else takes time."""
     waited: list[float] = []
     monkeypatch.setattr(reads, "sleep", waited.append)
+    monkeypatch.setattr(reads, "monotonic", lambda: sum(waited))
     return waited
 
 
-def read_all(source: object, stopped: Callable[[], bool] = lambda: False) -> list[Read]:
+def read_all(source: object) -> list[Read]:
     with ThreadPoolExecutor(4) as pool:
-        reader = Reader(source, pool, 4, stopped)  # type: ignore[arg-type]
-        return [read for start in range(0, len(ROWS), 10) for read in reader.read_all(ROWS[start : start + 10])]
+        reader = Reader(source, pool, 4, lambda: False)  # type: ignore[arg-type]
+        came = [one for reads in reader.read_chunk([ROWS[:10], ROWS[10:]]) for one in reads]
+        assert len({row.id for row, _ in came}) == len(came), "no row comes twice"
+        return [read for _, read in sorted(came, key=lambda one: one[0].id)]
 
 
 def failed(found: list[Read]) -> list[int]:
@@ -82,6 +84,33 @@ def test_a_stumble_is_read_again(error: Exception, waits: list[float]) -> None:
     assert 1.0 <= sum(waits) <= 1.6
 
 
+def test_who_stumbled_holds_nobody_up(waits: list[float]) -> None:
+    """All others are through before anybody waits, and what stumbles is read between them as soon as it is time."""
+    source = Flaky({0: 3}, OSError(errno.EIO, "x"))
+    with ThreadPoolExecutor(1) as pool:
+        reader = Reader(source, pool, 1, lambda: False)  # type: ignore[arg-type]
+        came = []
+        for group in reader.read_chunk([[row] for row in ROWS]):
+            came.append([row.id for row, _ in group])
+            if came[-1] == [9]:
+                waits.append(0.5)  # the lane was busy with others meanwhile
+            assert sum(waits) <= 0.5 or len(came) > len(ROWS), "it waited with others to read"
+    assert [number for group in came for number in group] == [*range(1, 20), 0]
+    assert source.asked[:2] == [0, 0]
+    assert source.asked[11] == 0, "its time came after row 9"
+    assert source.asked[-1] == 0
+
+
+def test_what_stumbled_stays_pending_when_the_run_is_stopped(waits: list[float]) -> None:
+    """It is no read error yet: the next run reads it."""
+    source = Flaky({19: 9}, OSError(errno.EIO, "x"))
+    with ThreadPoolExecutor(1) as pool:
+        reader = Reader(source, pool, 1, lambda: sum(source.asked) == sum(range(20)) + 19)  # type: ignore[arg-type]
+        came = [row.id for group in reader.read_chunk([ROWS]) for row, _ in group]
+    assert came == list(range(19))
+    assert source.asked.count(19) == 2
+
+
 @pytest.mark.parametrize("error", LASTING, ids=repr)
 def test_what_will_not_pass_is_not_asked_for_twice(error: Exception, waits: list[float]) -> None:
     source = Flaky({3: 1}, error)
@@ -94,7 +123,15 @@ def test_a_source_that_is_down_is_given_up_on(waits: list[float], monkeypatch: p
     monkeypatch.setattr(reads, "PATIENCE_S", 1.0)
     source = Flaky(dict.fromkeys(range(20), 10**6), OSError(errno.EIO, "x"))
     assert failed(read_all(source)) == list(range(20))
-    assert len(source.asked) == 10 * 4 + 10 * 2, "the second batch asks once more at once, and waits for nothing"
+    assert len(source.asked) == 20 * 4, "here both batches wait at the same time"
+    assert sum(waits) <= 1.6
+    waits.clear()
+    source.asked.clear()
+    with ThreadPoolExecutor(1) as pool:
+        reader = Reader(source, pool, 1, lambda: False)  # type: ignore[arg-type]
+        for _ in range(9):
+            list(reader.read_chunk([ROWS]))
+    assert len(source.asked) == 20 * 4 + 8 * 20 * 2, "later ones ask once more at once, and wait for nothing"
     assert sum(waits) <= 1.6
 
 
@@ -102,19 +139,16 @@ def test_a_disk_with_holes_is_not_waited_for_all_night(waits: list[float], monke
     """Good rows around a hole say nothing about the hole."""
     monkeypatch.setattr(reads, "PATIENCE_S", 1.0)
     source = Flaky({3: 10**6, 13: 10**6}, OSError(errno.EIO, "x"))
-    assert failed(read_all(source)) == [3, 13]
+    with ThreadPoolExecutor(1) as pool:
+        reader = Reader(source, pool, 1, lambda: False)  # type: ignore[arg-type]
+        found = [read for half in (ROWS[:10], ROWS[10:]) for group in reader.read_chunk([half]) for _, read in group]
+    assert len(failed(found)) == 2
     assert Counter(source.asked)[3] == 4
     assert Counter(source.asked)[13] == 2
 
 
-def test_a_run_that_is_told_to_end_does_not_wait(waits: list[float]) -> None:
-    source = Flaky({3: 9}, OSError(errno.EIO, "x"))
-    assert failed(read_all(source, stopped=lambda: True)) == [3]
-    assert waits == []
-
-
 def test_a_file_that_is_being_written_is_read_when_it_is_done(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    """The words of the source and ours are the same: through the real road."""
+    """Through the real road: the source says that it may pass."""
     (tmp_path / "a.jpg").write_bytes(b"half")
     fstat, looks = os.fstat, []
 
@@ -127,7 +161,8 @@ def test_a_file_that_is_being_written_is_read_when_it_is_done(tmp_path: Path, mo
     monkeypatch.setattr(os, "fstat", growing)
     with ThreadPoolExecutor(1) as pool:
         source = open_source("folder", str(tmp_path))
-        (read,) = Reader(source, pool, 1, lambda: False).read_all([PendingItem(1, "a.jpg", b"a.jpg", 4)])
+        groups = Reader(source, pool, 1, lambda: False).read_chunk([[PendingItem(1, "a.jpg", b"a.jpg", 4)]])
+        ((_, read),) = [one for group in groups for one in group]
     assert not isinstance(read, Failure), read
     assert read[0] == b"half and the rest"
     assert len(looks) == 4

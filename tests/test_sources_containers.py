@@ -21,6 +21,7 @@ from web_server import WebServer, serving
 
 from pipeline.batch import BadImage, Item
 from pipeline.sources import Container, Damage, Entry, Source, SourceError, open_source, parquet_rows
+from pipeline.sources.containers import ContainerSource
 from pipeline.sources.keys import decode_key
 
 
@@ -39,7 +40,11 @@ def picture(name: str) -> bytes:
 
 
 def entries(source: Source, known: set[str] = frozenset()) -> list[Entry]:  # type: ignore[assignment]
-    return list(source.list(lambda uri, size_bytes, etag: uri.rpartition("/")[2] in known))
+    def unchanged(uri: str, size_bytes: int, etag: str) -> bool:
+        return uri.rpartition("/")[2] in known
+
+    assert isinstance(source, ContainerSource)
+    return list(source.list_by(source.list_container, unchanged))  # without the child process of `list`
 
 
 def items(source: Source) -> dict[str, Item]:

@@ -13,7 +13,7 @@ from __future__ import annotations
 import importlib
 from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass
-from typing import Protocol, TypeAlias, cast
+from typing import Any, Protocol, TypeAlias, cast
 
 from pipeline.batch import Item
 
@@ -88,13 +88,17 @@ def open_source(kind: str, root: str | None, *, split: str | None = None, downlo
     """
     if kind not in SOURCES:
         raise SourceError(f"source {kind!r} is not one of {', '.join(SOURCES)}")
-    module, _, name = SOURCES[kind].partition(":")
-    source_class = getattr(importlib.import_module(module), name)
+    opened = source_class(kind).open
     if kind == "inat2021":
-        return cast(Source, source_class.open(root, split=split, download=download))
+        return cast(Source, opened(root, split=split, download=download))
     if split is not None or download:
         flag = "--split" if split is not None else "--download"
         raise SourceError(f"{flag} is for --source inat2021, not for {kind}; leave it out")
     if root is None:
         raise SourceError(f"--source {kind} needs --root: a local path or a URL such as s3://bucket/folder")
-    return cast(Source, source_class.open(root))
+    return cast(Source, opened(root))
+
+
+def source_class(kind: str) -> Any:
+    module, _, name = SOURCES[kind].partition(":")
+    return getattr(importlib.import_module(module), name)

@@ -10,17 +10,19 @@ from __future__ import annotations
 import logging
 import re
 from abc import ABC, abstractmethod
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass
-from typing import ClassVar, Self
+from typing import ClassVar, Self, TypeAlias
 
 from pipeline.batch import Item
 from pipeline.sources import Container, Damage, Entry, SourceError, Unchanged
 from pipeline.sources.keys import encode_key
+from pipeline.sources.lister import Lister
 from pipeline.sources.places import Found, Place, canonical_root, is_url, place_at, same_file, words_of
 
 log = logging.getLogger(__name__)
 
+ListContainer: TypeAlias = Callable[[Found, str], Iterator[Item | Damage]]  # of a container and the prefix of its keys
 _MAGIC = re.compile(r"[*?\[]")
 
 
@@ -54,6 +56,11 @@ class ContainerSource(ABC):
         """The pictures of one container. Whatever it raises becomes the damage of that container."""
 
     def list(self, unchanged: Unchanged) -> Iterator[Entry]:
+        """What has to be opened is opened in a child process, so that no file can take this one down."""
+        with Lister(self) as lister:
+            yield from self.list_by(lister.list, unchanged)
+
+    def list_by(self, list_container: ListContainer, unchanged: Unchanged) -> Iterator[Entry]:
         place = place_at(self.folder)
         for name in self._names(place):
             if isinstance(name, Damage):
@@ -71,13 +78,15 @@ class ContainerSource(ABC):
                 yield Container(uri, prefix, found.size_bytes, found.etag, unchanged=True)
                 continue
             whole = True
-            for entry in self._list_changed(place, found, prefix):
+            for entry in list_container(found, prefix):
                 whole = whole and not isinstance(entry, Damage)
                 yield entry
             if whole:
                 yield Container(uri, prefix, found.size_bytes, found.etag, unchanged=False)
 
-    def _list_changed(self, place: Place, found: Found, prefix: str) -> Iterator[Item | Damage]:
+    def list_container(self, found: Found, prefix: str) -> Iterator[Item | Damage]:
+        """One container, in this process."""
+        place = place_at(self.folder)
         try:
             yield from self.list_one(place, found)
             if not same_file(found, place.find(found.name)):

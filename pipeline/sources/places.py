@@ -18,6 +18,7 @@ from pipeline.sources import Damage, SourceError
 
 MAX_READ_BYTES = 2 << 30  # no picture file is larger; a mistaken 40 GB file must not take the memory with it
 _QUERY = re.compile(r"[?&]([\w.-]+)=")  # "?" alone is a wildcard
+_SIGNATURE = re.compile(r"(://[^\s?'\"]*\?)[^\s'\"]+")
 UNKNOWN = "unknown-"  # begins the etag of a file whose server tells neither etag nor date: equal to no other etag
 
 
@@ -61,8 +62,8 @@ def is_url(root: str) -> bool:
 
 def canonical_root(root: str) -> str:
     """Absolute path or URL without a slash at its end. Links stay: a root may be a link that is moved on."""
+    refuse_secrets(root)
     if is_url(root):
-        _refuse_secrets(root)
         return root.rstrip("/")
     path = os.path.abspath(os.path.expanduser(root.removeprefix("file://")))
     try:
@@ -72,9 +73,15 @@ def canonical_root(root: str) -> str:
     return path
 
 
-def _refuse_secrets(url: str) -> None:
-    """A root is printed, logged and stored in every generation, which other people read: no password may be in it."""
-    scheme, _, rest = url.partition("://")
+def refuse_secrets(root: str) -> None:
+    """A root is printed, logged and stored in every generation, which other people read: no password may be in it.
+
+    Raises:
+        SourceError: one is; not repeated.
+    """
+    if not is_url(root):
+        return
+    scheme, _, rest = root.partition("://")
     user, at, host = rest.partition("/")[0].rpartition("@")
     if ":" in user or (at and not user):
         raise SourceError(
@@ -114,7 +121,10 @@ def digest_of(etag: str) -> bytes:
 
 
 def words_of(error: BaseException) -> str:
-    """An error in one line, without a path in it: the key says which file."""
+    """An error in one line, without a path in it: the key says which file.
+
+    A server may send us on to an address that is signed: what stands behind its "?" is not for logs and pages.
+    """
     if isinstance(error, OSError) and error.strerror:
         return error.strerror
-    return f"{type(error).__name__}: {' '.join(str(error).split())}"
+    return _SIGNATURE.sub(r"\1***", f"{type(error).__name__}: {' '.join(str(error).split())}")

@@ -23,8 +23,9 @@ import time
 import types
 import warnings
 from collections import Counter
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Iterator
 from pathlib import Path
+from typing import Any
 
 HERE = Path(__file__).parent
 HANG_S = 30
@@ -66,13 +67,20 @@ def decode_target(folder: Path) -> Try:
     return one
 
 
+def listed_here(source: Any) -> Iterator[Any]:
+    """Not in a child process, so that a crash is found."""
+    if hasattr(source, "list_by"):
+        return source.list_by(source.list_container, lambda *_: False)
+    return source.list(lambda *_: False)
+
+
 def source_target(kind: str, name: str) -> Callable[[Path], Try]:
     """One container in a folder: it is listed, and the first pictures of it are read."""
 
     def target(folder: Path) -> Try:
         from pipeline.batch import BadImage, Item
         from pipeline.sources import Damage, SourceError, open_source
-        from pipeline.store.listing import pack_metadata
+        from pipeline.store.records import pack_metadata
 
         path = folder / "root" / name
         path.parent.mkdir(parents=True, exist_ok=True)
@@ -86,7 +94,7 @@ def source_target(kind: str, name: str) -> Callable[[Path], Try]:
             source = open_source(kind, str(folder / "root"), split="val" if kind == "inat2021" else None)
             items = damages = 0
             try:
-                for entry in source.list(lambda *_: False):
+                for entry in listed_here(source):
                     damages += isinstance(entry, Damage)
                     if isinstance(entry, Item):
                         items += 1

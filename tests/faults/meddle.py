@@ -1,4 +1,4 @@
-"""Called in the process of a run: waits for the end of its listing, then changes what was listed."""
+"""Called in the process of a run before it begins; most wait for the end of its listing, then change what was listed."""
 
 from __future__ import annotations
 
@@ -51,3 +51,22 @@ def a_link_in_a_circle() -> None:
         path.symlink_to(path.name)
 
     _each(harm)
+
+
+def into_cgroup() -> None:
+    """The folder is a control group: the run and its lanes live in it, and are killed where it has no memory left."""
+    (Path(FOLDER) / "cgroup.procs").write_text(str(os.getpid()))
+
+
+def vanish() -> None:
+    """The folder of pictures is gone after the tenth of them was listed."""
+    from pipeline.sources import place_local
+
+    look_at, looks = place_local._look_at, iter(range(10**9))
+
+    def look_until_it_is_gone(*args):  # type: ignore[no-untyped-def]
+        if next(looks) == 10:
+            Path(FOLDER).rename(Path(FOLDER).with_name("unmounted"))
+        return look_at(*args)
+
+    place_local._look_at = look_until_it_is_gone

@@ -1,4 +1,4 @@
-"""A process that has imported everything and forks whole runs of `pipeline.index` and their lanes: 0.3 s each, not 3.
+"""A process that has imported everything and forks whole commands and their lanes: 0.3 s each, not 3.
 
     python resident.py         one order per line of stdin, one answer per line of stdout; see `Order` and `runs.Ran`
 
@@ -30,7 +30,8 @@ RUN_S_MAX = 120.0
 
 @dataclass(frozen=True)
 class Fault:
-    """The `at`-th call below `under` fails with `error` (and later ones, if `sticky`) or kills: "run" or "writer"."""
+    """The `at`-th call below `under` fails with `error` (and later ones, if `sticky`) or kills the "run", or,
+    counting the calls of others alone, the "lane" that makes it."""
 
     under: str
     at: int = 0  # 0: only count
@@ -48,6 +49,7 @@ class Order:
     kill_after_s: float | None = None
     kill_lane: bool = False  # kill a lane at that moment, not the run
     limits: dict[str, int] = field(default_factory=dict)  # RLIMIT name -> value
+    memory_mb: int | None = None  # of address space, beyond what the run has when it begins
     patches: dict[str, object] = field(default_factory=dict)  # "module:name" -> value
     before: str = ""  # "module:function" that the run's process calls first
     clock_jumps_s: float = 0.0  # time.time() goes forth and back by that much
@@ -106,7 +108,17 @@ def build_shim(folder: Path) -> Path:
 
 def serve() -> None:
     answers = os.fdopen(os.dup(1), "w")
-    for name in ("pipeline.index", "pipeline.lane_process", "pipeline.stages_cpu", "engines.ort", "PIL.Image"):
+    for name in (
+        "pipeline.index",
+        "pipeline.nightly",
+        "pipeline.verify",
+        "pipeline.generations",
+        "pipeline.store.usearch_lib",
+        "pipeline.lane_process",
+        "pipeline.stages_cpu",
+        "engines.ort",
+        "PIL.Image",
+    ):
         importlib.import_module(name)
     get_context = multiprocessing.get_context
     # Lanes are spawned, which costs them two seconds of imports; here they are forked with everything imported.
@@ -149,9 +161,9 @@ def one_run(order: Order) -> Outcome:
 
 
 def arm(fault: Fault, child: int) -> None:
-    victim = {"": 0, "run": child, "writer": -1}[fault.kills]
+    victim = ("", "run", "lane").index(fault.kills)
     ctypes.CDLL(None).fault_arm(
-        fault.under.encode(), ctypes.c_long(fault.at), fault.error, int(fault.sticky), victim, int(fault.reads)
+        fault.under.encode(), ctypes.c_long(fault.at), fault.error, int(fault.sticky), child, victim, int(fault.reads)
     )
 
 
@@ -166,6 +178,10 @@ def in_fork(order: Order) -> int:
         getattr(importlib.import_module(module), attribute)()
     for name, value in order.limits.items():
         resource.setrlimit(getattr(resource, name), (value, value))
+    if order.memory_mb is not None:
+        pages = int(Path("/proc/self/statm").read_text().split()[0])
+        limit = pages * resource.getpagesize() + (order.memory_mb << 20)
+        resource.setrlimit(resource.RLIMIT_AS, (limit, limit))
     if order.clock_jumps_s:
         real, calls = time.time, iter(range(10**9))
         time.time = lambda: real() + order.clock_jumps_s * (1 if next(calls) % 2 else -1)

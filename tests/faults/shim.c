@@ -2,11 +2,12 @@
 //
 // The processes of a run count together, in shared memory that the test's resident process arms before it forks them:
 //
-//     fault_arm(folder, k, errno or 0, sticky, victim, reads)     victim: pid to SIGKILL, -1 for whoever makes the call
+//     fault_arm(folder, k, errno or 0, sticky, run, victim, reads)
 //
-// errno: the call fails, and with `sticky` every later one too (a full disk still deletes). victim: it dies before the
-// call, or, where that is a write, in the middle of it: half of the bytes are there. Calls made inside libc (fwrite) are
-// not seen.
+// errno: the call fails, and with `sticky` every later one too (a full disk still deletes). victim: RUN or HELPER, the
+// process `run` or another one that makes the call; then only the calls of others are counted. It dies before the call,
+// or, where that is a write, in the middle of it: half of the bytes are there. A stream's own writes are not seen, so
+// what it would lose is lost when it is closed.
 #define _GNU_SOURCE
 #include <dlfcn.h>
 #include <errno.h>
@@ -18,25 +19,28 @@
 #include <stdio.h>
 #include <string.h>
 #include <sys/mman.h>
+#include <sys/sendfile.h>
 #include <sys/stat.h>
 #include <unistd.h>
 
 static struct {
     _Atomic long calls;
     long at;
-    int error, sticky, reads;
-    pid_t victim;
+    int error, sticky, victim, reads;
+    pid_t run;
     char under[PATH_MAX];
 } *orders;
 
 enum kind { CHANGE, ALLOCATE, READ };
+enum victim { NOBODY, RUN, HELPER };
 
 __attribute__((constructor)) static void prepare(void) {
     orders = mmap(NULL, sizeof *orders, PROT_READ | PROT_WRITE, MAP_SHARED | MAP_ANONYMOUS, -1, 0);
 }
 
-void fault_arm(const char *under, long at, int error, int sticky, int victim, int reads) {
-    orders->at = at, orders->error = error, orders->sticky = sticky, orders->victim = victim, orders->reads = reads;
+void fault_arm(const char *under, long at, int error, int sticky, int run, int victim, int reads) {
+    orders->at = at, orders->error = error, orders->sticky = sticky, orders->reads = reads;
+    orders->run = run, orders->victim = victim;
     snprintf(orders->under, sizeof orders->under, "%s", under);
     orders->calls = 0;
 }
@@ -65,6 +69,7 @@ static int path_below(int fd, const char *path) {
 // 0: go on. 1: this call fails, errno is set. 2: somebody dies now.
 static int verdict(enum kind kind, int concerned) {
     if (!concerned || (kind == READ) != orders->reads) return 0;
+    if (orders->victim == HELPER && getpid() == orders->run) return 0;
     long call = atomic_fetch_add(&orders->calls, 1) + 1;
     if (!orders->at || call < orders->at || (call > orders->at && !orders->sticky)) return 0;
     if (orders->victim) return 2;
@@ -74,7 +79,7 @@ static int verdict(enum kind kind, int concerned) {
 }
 
 static void die(void) {
-    kill(orders->victim > 0 ? orders->victim : getpid(), SIGKILL);
+    kill(orders->victim == RUN ? orders->run : getpid(), SIGKILL);
     for (;;) pause();  // the victim was our parent, and its death is ours
 }
 
@@ -126,6 +131,10 @@ OPENS_AT(openat64)
 WRITES(write, fd, (int fd, const void *from, size_t n), (fd, from, n / 2), (fd, from, n))
 WRITES(pwrite, fd, (int fd, const void *from, size_t n, off_t at), (fd, from, n / 2, at), (fd, from, n, at))
 WRITES(pwrite64, fd, (int fd, const void *from, size_t n, off64_t at), (fd, from, n / 2, at), (fd, from, n, at))
+WRITES(sendfile, to, (int to, int from, off_t *at, size_t n), (to, from, at, n / 2), (to, from, at, n))
+WRITES(sendfile64, to, (int to, int from, off64_t *at, size_t n), (to, from, at, n / 2), (to, from, at, n))
+WRITES(copy_file_range, to, (int from, off64_t *at, int to, off64_t *there, size_t n, unsigned flags),
+       (from, at, to, there, n / 2, flags), (from, at, to, there, n, flags))
 SIMPLE(ftruncate, ALLOCATE, fd_below(fd), (int fd, off_t n), (fd, n))
 SIMPLE(ftruncate64, ALLOCATE, fd_below(fd), (int fd, off64_t n), (fd, n))
 SIMPLE(fsync, CHANGE, fd_below(fd), (int fd), (fd))
@@ -138,6 +147,29 @@ SIMPLE(unlinkat, CHANGE, path_below(fd, path), (int fd, const char *path, int fl
 SIMPLE(rmdir, CHANGE, below(path), (const char *path), (path))
 SIMPLE(mkdir, ALLOCATE, below(path), (const char *path, mode_t mode), (path, mode))
 SIMPLE(symlink, ALLOCATE, below(path), (const char *target, const char *path), (target, path))
+
+#define OPENS_STREAM(name)                                                                     \
+    FILE *name(const char *path, const char *mode) {                                           \
+        int found = mode[0] == 'r' ? 0 : verdict(ALLOCATE, below(path));                       \
+        if (found == 2) die();                                                                 \
+        return found ? NULL : REAL(name)(path, mode);                                          \
+    }
+
+OPENS_STREAM(fopen)
+OPENS_STREAM(fopen64)
+
+int fclose(FILE *stream) {
+    int fd = fileno(stream), found = 0, error = 0;
+    struct stat is;
+    if (fd >= 0 && (fcntl(fd, F_GETFL) & O_ACCMODE) != O_RDONLY && (found = verdict(ALLOCATE, fd_below(fd)))) {
+        error = errno;
+        fflush(stream);
+        if (fstat(fd, &is) == 0 && REAL(ftruncate)(fd, is.st_size / 2) < 0) { }
+        if (found == 2) die();
+    }
+    int closed = REAL(fclose)(stream);
+    return found ? (errno = error, EOF) : closed;
+}
 
 #define READS(name, declared, passed)                            \
     ssize_t name declared {                                      \

@@ -9,7 +9,7 @@ from __future__ import annotations
 import json
 import random
 import sqlite3
-from dataclasses import dataclass, field
+from dataclasses import asdict, dataclass, field
 from pathlib import Path
 
 import h5py
@@ -18,11 +18,21 @@ from resident import Order, Outcome, Resident
 from runs import quarantine, vectors_by_key
 
 from pipeline.store import Generation, NoIndex, content_hash, files
+from pipeline.store.publish import FILE_FOLDERS
+from pipeline.verify import verify
+from pipeline.verify_config import VerifyConfig
 
 Shown = dict[str, tuple[bytes, bytes]]  # key -> content hash, vector bits
 BAD = {b"": "empty", b"not a picture": "not_an_image", noisy_jpeg(7)[:-700]: "truncated"}
-# Folding and pruning in every few runs, not after a month of nights.
-PATCHES = {"pipeline.store.fold:SMALL_MAX": 3, "pipeline.store.fold:SEGMENT_ROWS": 60}
+# Folding, graphs and pruning in every few runs, not after a month of nights or a million pictures.
+PATCHES = {
+    "pipeline.store.fold:SMALL_MAX": 3,
+    "pipeline.store.fold:SEGMENT_ROWS": 60,
+    "pipeline.store.amend:TOUCHED_SHARE_MAX": 1.0,
+    "pipeline.store.ann:VECTOR_BYTES_MIN": 1,
+    "pipeline.store.ann:TAIL_BYTES_MAX": 256,
+    "pipeline.store.ann:GRAPH_ROWS": 50,
+}
 
 
 @dataclass
@@ -51,6 +61,25 @@ class World:
         argv += ["--runtime", "ort-cpu", "--max-deleted", "100"]
         patches = PATCHES | disturbed.pop("patches", {})  # type: ignore[operator]
         return Order([str(word) for word in argv], patches=patches, **disturbed)  # type: ignore[arg-type]
+
+    def night(self, *, max_deleted: int = 100, page: bool = False, **disturbed: object) -> Order:
+        """The same by `pipeline.nightly`, which locks, publishes and tells in its own way."""
+        toml = self.folder.with_name("nightly.toml")
+        toml.write_text(
+            f'[index]\nout = "{self.out}"\nmodel = "{self.model}"\nmax_deleted = {max_deleted}\n'
+            f'[verify]\nlevel = "off"\n[report]\npage = {str(page).lower()}\n'
+            f'[[source]]\nkind = "folder"\nroot = "{self.folder}"\n'
+        )
+        patches = PATCHES | disturbed.pop("patches", {})  # type: ignore[operator]
+        return Order(["--config", str(toml)], module="pipeline.nightly", patches=patches, **disturbed)  # type: ignore[arg-type]
+
+    def repair(self, **disturbed: object) -> Order:
+        argv = ["--repair", "--runtime", "ort-cpu", "--devices", "cpu", "--out", str(self.out)]
+        return Order(argv, module="pipeline.verify", patches=PATCHES, **disturbed)  # type: ignore[arg-type]
+
+    def show(self, generation: int | str, **disturbed: object) -> Order:
+        argv = ["--show", str(generation), "--out", str(self.out)]
+        return Order(argv, module="pipeline.generations", **disturbed)  # type: ignore[arg-type]
 
     def write(self, name: str, content: bytes) -> None:
         path = self.folder / name
@@ -96,9 +125,14 @@ class World:
         states = ("unchanged", "embedded", "copied", "quarantined", "pending")
         assert report["inputs"] == sum(report[state] for state in states), report
         shown, bad = self.expected()
+        assert report["inputs"] == len(shown) + len(bad)
+        self.assert_shows_undisturbed(ran)
+
+    def assert_shows_undisturbed(self, ran: Outcome) -> None:
+        assert ran.code == 0, ran.stderr
+        shown, bad = self.expected()
         assert vectors_by_key(self.out) == shown
         assert quarantine(self.out) == bad
-        assert report["inputs"] == len(shown) + len(bad)
         assert not list(self.out.rglob("*.tmp")), "the next run sweeps drafts"
         assert not ran.orphans, "a process outlived the run"
         assert_whole(self.out)
@@ -114,7 +148,8 @@ class World:
 
 
 def assert_whole(out: Path) -> None:
-    """SQLite finds no fault, every vector is where the manifest says, every file is named and what it was."""
+    """SQLite finds no fault, every vector is where the manifest says, every file is named and what it was; and
+    `verify` finds nothing to say, of graphs neither."""
     db = sqlite3.connect(out / "manifest.sqlite")
     assert db.execute("PRAGMA integrity_check").fetchall() == [("ok",)]
     lost = "SELECT key FROM input WHERE status = 'embedded' AND content_hash NOT IN (SELECT content_hash FROM vector)"
@@ -130,4 +165,5 @@ def assert_whole(out: Path) -> None:
     for (listed,) in db.execute("SELECT files FROM generation"):
         named |= set(json.loads(listed))
     db.close()
-    assert {f"{kind}/{path.name}" for kind in ("shards", "segments") for path in (out / kind).iterdir()} == named
+    assert {f"{kind}/{path.name}" for kind in FILE_FOLDERS for path in (out / kind).iterdir()} == named
+    assert [asdict(one) for one in verify(VerifyConfig(out)).health.findings] == []
