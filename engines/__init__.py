@@ -79,11 +79,13 @@ def open_engine(
     threads: int | None = None,
     batch: int | None = None,
     device: Device | None = None,
+    team: int = 1,
 ) -> Engine:
     """The fastest engine of `artifact` that this host may run and that fits what was named.
 
     `threads` defaults to the physical cores this process may use, `batch` to what suits the engine and the threads,
-    `device` to where the named runtime runs, and the CPU. On a GPU it is the first that this process sees.
+    `device` to where the named runtime runs, and the CPU. On a GPU it is the first that this process sees. `team`
+    threads work on one run together; aoti-cpu alone takes more than one.
 
     Raises:
         EngineUnavailable: no such engine, with the reason for each that came close and the command that builds one.
@@ -94,7 +96,7 @@ def open_engine(
         log.warning("%s was built without a GPU and never compared with the reference: unverified", path.parent.name)
     elif not card.passed:
         log.warning("%s missed its accuracy bar when it was built: %s", path.parent.name, card.parity)
-    return load_engine(path, card, threads or physical_cores(), batch)
+    return load_engine(path, card, threads or physical_cores(), batch, team)
 
 
 def choose(
@@ -151,10 +153,11 @@ def device_of(runtime: str) -> Device:
     return "gpu" if runtime in GPU_RUNTIMES else "cpu"
 
 
-def load_engine(path: Path, card: EngineCard, threads: int, batch: int | None = None) -> Engine:
+def load_engine(path: Path, card: EngineCard, threads: int, batch: int | None = None, team: int = 1) -> Engine:
     """The engine of one card, unchecked."""
     module, _, name = RUNTIMES[card.runtime].partition(":")
-    return cast(Engine, getattr(import_module(module), name)(path, card, threads, batch))
+    how = {"team": team} if team > 1 else {}
+    return cast(Engine, getattr(import_module(module), name)(path, card, threads, batch, **how))
 
 
 def refusal(artifact: Artifact, path: Path, card: EngineCard) -> str:

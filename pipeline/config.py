@@ -13,11 +13,11 @@ from pathlib import Path
 from typing import Any, Literal, get_args
 
 from engines import RUNTIMES
-from engines.hardware import physical_cores
 from engines.spec import Artifact, Precision, default_model, find_artifact
 from pipeline.batch import Reason
 from pipeline.devices import Devices, EngineWish, resolve_devices
 from pipeline.duration import parse_duration
+from pipeline.shares import POLICIES
 from pipeline.sources import SOURCES, Source, open_source
 from pipeline.store.publish import KEEP
 
@@ -32,12 +32,6 @@ INDEX_EXAMPLES = """examples:
 A second run over unchanged pictures does nothing and says so; a run that was stopped is resumed by the same command.
 exit codes: 0 done, 1 failed, 2 usage, 3 done but more newly quarantined than --max-quarantined, 4 another run holds
 the lock, 5 budget spent (what was done is published; resumable), 6 too many deletions, 130 interrupted (resumable)"""
-
-SEARCH_EXAMPLES = """examples:
-  python -m pipeline.search "a red bird on a branch" --out inat2021-index
-  python -m pipeline.search "heron" --template "a photo of a {}" -k 20 --threshold 0.25
-  python -m pipeline.search --image photo.jpg --grid nine.png
-  python -m pipeline.search "two blue squares" --json"""
 
 
 class UsageError(Exception):
@@ -54,8 +48,7 @@ class Config:
     devices: Devices
     runtime: str
     precision: Precision | Literal["auto"]
-    engine_threads: int
-    decode_threads: int
+    sharing: str  # key of pipeline.shares.POLICIES
     max_quarantined: int | None
     max_deleted_percent: float
     retry: tuple[Reason, ...]  # quarantined for these reasons: to be tried again
@@ -63,21 +56,6 @@ class Config:
     keep: int  # generations, the one that is shown included
     json_only: bool
     download: bool
-
-
-@dataclass(frozen=True)
-class SearchConfig:
-    """Everything one query of `pipeline.search` depends on."""
-
-    text: str | None
-    image: Path | None
-    out: Path
-    k: int
-    threshold: float | None
-    template: str
-    grid: Path | None
-    json: bool
-    model: str | None
 
 
 def index_parser() -> argparse.ArgumentParser:
@@ -89,7 +67,10 @@ def index_parser() -> argparse.ArgumentParser:
     parser.add_argument("--download", action="store_true", help="inat2021: fetch and check the official archives first")
     parser.add_argument("--model", default=default_model(), help="hub id or directory (default: %(default)s)")
     parser.add_argument("--out", type=Path, help="the index (default: ./<source>-index)")
-    parser.add_argument("--devices", default="auto", help="auto, or a list such as gpu:0,gpu:1,cpu (default: auto)")
+    parser.add_argument("--devices", default="auto", help="auto, or a list such as gpu:0,gpu:1,cpu; a lane each")
+    parser.add_argument(
+        "--sharing", default="dynamic", choices=sorted(POLICIES), help="of work between lanes (default: dynamic)"
+    )
     parser.add_argument("--runtime", default="auto", choices=["auto", *RUNTIMES], help="engine runtime")
     parser.add_argument("--precision", default="auto", choices=["auto", *get_args(Precision)], help="engine precision")
     parser.add_argument("--max-quarantined", type=int, metavar="N", help="exit 3 if more than N are newly quarantined")
@@ -109,21 +90,6 @@ def index_parser() -> argparse.ArgumentParser:
     return parser
 
 
-def search_parser() -> argparse.ArgumentParser:
-    about = "The pictures of an index that fit a text, or another picture, best."
-    parser = _parser("pipeline.search", about, SEARCH_EXAMPLES)
-    parser.add_argument("text", nargs="?", help="what to look for")
-    parser.add_argument("--image", type=Path, metavar="FILE", help="look for pictures like this one")
-    parser.add_argument("--out", type=Path, help="the index (default: the only ./*-index here)")
-    parser.add_argument("-k", type=int, default=9, help="how many (default: 9)")
-    parser.add_argument("--threshold", type=float, metavar="T", help="only pictures with a cosine of at least T")
-    parser.add_argument("--template", default="{}", help='put the text into a sentence, e.g. "a photo of a {}"')
-    parser.add_argument("--grid", type=Path, metavar="PNG", help="write a contact sheet of the answers")
-    parser.add_argument("--json", action="store_true", help="one JSON object instead of a table")
-    parser.add_argument("--model", help="hub id or directory (default: the model the index was made with)")
-    return parser
-
-
 def parse_index(argv: list[str] | None) -> Config:
     """The run's configuration; with --download the source need not be there yet.
 
@@ -136,7 +102,7 @@ def parse_index(argv: list[str] | None) -> Config:
         raise UsageError(f"--max-deleted is {args.max_deleted}; it is a share in percent, 0 to 100")
     if args.keep < 1:
         raise UsageError(f"--keep is {args.keep}; the generation that readers see is one, so it is at least 1")
-    artifact, cores = find_artifact(args.model), physical_cores()
+    artifact = find_artifact(args.model)
     return Config(
         source=source,
         artifact=artifact,
@@ -144,8 +110,7 @@ def parse_index(argv: list[str] | None) -> Config:
         devices=resolve_devices(args.devices, EngineWish(artifact, args.runtime, args.precision)),
         runtime=args.runtime,
         precision=args.precision,
-        engine_threads=cores,
-        decode_threads=cores,
+        sharing=args.sharing,
         max_quarantined=args.max_quarantined,
         max_deleted_percent=args.max_deleted,
         retry=parse_reasons(args.retry.split(",")) if args.retry else (),
@@ -178,27 +143,6 @@ def _budget_s(text: str | None) -> float:
         return math.inf if text is None else parse_duration(text)
     except ValueError as error:
         raise UsageError(f"--budget {error}") from None
-
-
-def parse_search(argv: list[str] | None) -> SearchConfig:
-    args = search_parser().parse_args(argv)
-    if (args.text is None) == (args.image is None):
-        raise UsageError('give either a text or --image FILE, e.g. python -m pipeline.search "a red bird"')
-    if args.k < 1:
-        raise UsageError(f"-k is {args.k}; it must be at least 1")
-    if "{}" not in args.template:
-        raise UsageError(f'--template {args.template!r} has no {{}} for the text; e.g. "a photo of a {{}}"')
-    return SearchConfig(
-        text=args.text,
-        image=args.image,
-        out=args.out or only_index_here(),
-        k=args.k,
-        threshold=args.threshold,
-        template=args.template,
-        grid=args.grid,
-        json=args.json,
-        model=args.model,
-    )
 
 
 def only_index_here() -> Path:

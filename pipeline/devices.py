@@ -1,7 +1,9 @@
-"""The only place where hardware is chosen: which devices a run uses and why, and what a lane on each is made of.
+"""The only place where hardware is chosen: which lanes a run has and why, and what a lane on each device is made of.
 
-`auto` takes every GPU there is an engine for, and the CPU beside them only where its engine was measured to add
-`CPU_SHARE_MIN`, because its cores decode for the GPUs. A device that was named and cannot be had is an error.
+`auto` takes every GPU there is an engine for, and the CPU beside them only where that was measured to be faster
+(`python -m pipeline.tune`), or, never measured, where its engine's card promises `CPU_SHARE_MIN`: its cores decode for
+the GPUs. A device that was named and cannot be had is an error. How many lanes a device gets, and how each is made, is
+as tuned on this host, else by default; a device that was named several times has that many lanes.
 """
 
 from __future__ import annotations
@@ -9,22 +11,38 @@ from __future__ import annotations
 import contextlib
 import importlib.util
 import traceback
+from pathlib import Path
 from typing import Any, Literal, NamedTuple, cast
 
-from engines import GPU_RUNTIMES, Device, Engine, EngineUnavailable, choose, open_engine
+from engines import GPU_RUNTIMES, Choice, Device, Engine, EngineUnavailable, choose, open_engine
+from engines.hardware import physical_cores
 from engines.memory_gpu import DeviceArray, GpuError, OutOfGpuMemory, Stream, gpu_problem, gpus
 from engines.spec import Artifact, Precision
 from pipeline.batch import DeviceUnavailable
+from pipeline.cores import divide, nodes, usable_cores
 from pipeline.lanes import Board, Broken, LaneSpec, Lost, Refused
+from pipeline.setting import Setting, default_setting, lane_bytes, memory_limit_bytes, tuned_for
+from pipeline.sources import Source
 
 GPU_LIBRARIES = {"cvcuda": "cvcuda-cu13", "nvidia.nvimgcodec": "nvidia-nvimgcodec-cu13[nvjpeg]"}
 CPU_SHARE_MIN = 0.1  # of what the GPUs do by their cards
 
 
+class LanePlan(NamedTuple):
+    device: str  # "cpu" or "gpu:<index>"
+    setting: Setting
+    cpus: tuple[int, ...] = ()  # the lane is bound to these; empty: to none
+
+
 class Devices(NamedTuple):
-    names: tuple[str, ...]  # "cpu" or "gpu:<index>"; a GPU may be named several times, for as many lanes
+    lanes: tuple[LanePlan, ...]
     reason: str
+    setting: str  # how the lanes are made, and why so
     named: bool = False  # by the user, so that each of them must be had
+
+    @property
+    def names(self) -> tuple[str, ...]:
+        return tuple(lane.device for lane in self.lanes)
 
 
 class EngineWish(NamedTuple):
@@ -32,9 +50,13 @@ class EngineWish(NamedTuple):
     runtime: str
     precision: Precision | Literal["auto"]
 
+    def choice(self, kind: Device) -> Choice:
+        """The engine that a lane would open."""
+        return choose(self.artifact, "vision", self.runtime, self.precision, kind)
+
     def rows_per_s(self, kind: Device) -> float:
-        """Of the engine that a lane would open, when it was built."""
-        return choose(self.artifact, "vision", self.runtime, self.precision, kind).card.rows_per_s
+        """Of that engine, when it was built."""
+        return self.choice(kind).card.rows_per_s
 
 
 def resolve_devices(wanted: str, wish: EngineWish) -> Devices:
@@ -44,21 +66,22 @@ def resolve_devices(wanted: str, wish: EngineWish) -> Devices:
         DeviceUnavailable, EngineUnavailable: a device that was named cannot be had; says why and what to do.
     """
     if wanted == "auto":
-        return _auto(wish)
+        names, reason = _auto(wish)
+        return plan(names, wish, reason)
     names = tuple(name.strip() for name in wanted.split(",") if name.strip())
     known = ["cpu", *(f"gpu:{gpu.index}" for gpu in gpus())]
-    if not names or names.count("cpu") > 1 or any(name != "cpu" and not name.startswith("gpu:") for name in names):
-        raise DeviceUnavailable(f"--devices {wanted!r}: give auto, or a list of {', '.join(known)} (cpu once)")
+    if not names or any(name != "cpu" and not name.startswith("gpu:") for name in names):
+        raise DeviceUnavailable(f"--devices {wanted!r}: give auto, or a list of {', '.join(known)}")
     if any(name != "cpu" for name in names):
         if problem := gpu_trouble():
             raise DeviceUnavailable(f"--devices {wanted}: {problem}; or use --devices cpu")
         if away := [name for name in names if name not in known]:
             raise DeviceUnavailable(f"--devices {wanted}: there is no {', '.join(away)} here, only {', '.join(known)}")
         wish.rows_per_s("gpu")
-    return Devices(names, "named", named=True)
+    return plan(names, wish, "named", named=True)
 
 
-def _auto(wish: EngineWish) -> Devices:
+def _auto(wish: EngineWish) -> tuple[tuple[str, ...], str]:
     try:
         if problem := gpu_trouble():
             raise DeviceUnavailable(problem)
@@ -67,16 +90,90 @@ def _auto(wish: EngineWish) -> Devices:
         if wish.runtime in GPU_RUNTIMES:  # named, so the CPU is no answer
             raise
         idle = f"{len(gpus())} GPUs stay idle: " if gpus() else ""
-        return Devices(("cpu",), f"{idle}{error}")
+        return ("cpu",), f"{idle}{error}"
     names = tuple(f"gpu:{gpu.index}" for gpu in gpus())
     try:
         share = wish.rows_per_s("cpu") / gpu_rows_per_s
     except EngineUnavailable:
-        return Devices(names, "every GPU; there is no CPU engine to run beside them")
+        return names, "every GPU; there is no CPU engine to run beside them"
+    tuned, _ = tuned_for(wish.choice("gpu"), names)
+    if tuned is not None and tuned.beside_cpu_rows_per_s is not None:
+        words = f"with a CPU lane beside them {tuned.beside_cpu_rows_per_s:.1f} images/s were measured, without"
+        words += f" {tuned.rows_per_s:.1f}"
+        if tuned.beside_cpu_rows_per_s <= tuned.rows_per_s:
+            return names, f"every GPU; {words}"
+        return (*names, "cpu"), f"every GPU and the CPU; {words}"
     if share < CPU_SHARE_MIN:
-        reason = f"every GPU; the CPU's engine would add {100 * share:.1f} %, and its cores decode for them"
-        return Devices(names, reason)
-    return Devices((*names, "cpu"), f"every GPU, and the CPU, whose engine adds {100 * share:.0f} %")
+        return names, f"every GPU; the CPU's engine would add {100 * share:.1f} %, and its cores decode for them"
+    return (*names, "cpu"), f"every GPU, and the CPU, whose engine adds {100 * share:.0f} %"
+
+
+# ---- lanes -------------------------------------------------------------------------------------------------------
+
+
+def plan(
+    names: tuple[str, ...], wish: EngineWish, reason: str, named: bool = False, trial: Setting | None = None
+) -> Devices:
+    """A lane for each name, or as many as were tuned, or `trial` instead of what was tuned.
+
+    Raises:
+        DeviceUnavailable: CPU lanes that were asked for do not fit into memory together.
+    """
+    gpu_names = tuple(name for name in names if name != "cpu")
+    main: Device = "gpu" if gpu_names else "cpu"
+    tunable = gpu_names or names  # beside GPUs, the CPU's lane takes what they leave
+    words = "by default: "
+    if trial is None and len(set(tunable)) < len(tunable):
+        words = "by default, for a device was named more than once: "
+    elif trial is None:
+        tuned, why = tuned_for(wish.choice(main), tunable)
+        trial = tuned.setting if tuned else None
+        words = f"{why}; " if tuned else f"by default, {why}: "
+    each = trial.lanes if trial else default_lanes(names, wish)
+    names = tuple(name for name in names for _ in range(each if name in tunable else 1))
+    share = max(1, physical_cores() // len(names))
+    settings: dict[Device, Setting] = {kind: default_setting(kind, each, share) for kind in ("cpu", "gpu")}
+    if trial is not None:
+        settings[main] = trial
+    cpu_lanes = names.count("cpu")
+    if named and cpu_lanes > 1 and not _fits(wish, cpu_lanes):
+        need = cpu_lanes * lane_bytes(wish.choice("cpu").card, None)
+        raise DeviceUnavailable(
+            f"{cpu_lanes} CPU lanes need about {need / 1e9:.1f} GB, here are {memory_limit_bytes() / 1e9:.1f} GB: "
+            "name cpu less often"
+        )
+    bound = iter(divide(usable_cores(), cpu_lanes) if cpu_lanes == len(names) > 1 else [()] * cpu_lanes)
+    lanes = tuple(
+        LanePlan(name, settings["cpu"], next(bound)) if name == "cpu" else LanePlan(name, settings["gpu"])
+        for name in names
+    )
+    return Devices(lanes, reason, words + lanes[0].setting.words(main), named)
+
+
+def default_lanes(names: tuple[str, ...], wish: EngineWish) -> int:
+    """On each device. A CPU with several memories gets one for each: weights and batches lie beside their cores."""
+    count = nodes(usable_cores())
+    return count if names == ("cpu",) and count > 1 and _fits(wish, count) else 1
+
+
+def _fits(wish: EngineWish, lanes: int) -> bool:
+    return lanes * lane_bytes(wish.choice("cpu").card, None) < memory_limit_bytes()
+
+
+def lane_specs(devices: Devices, source: Source, wish: EngineWish, logs: Path) -> list[LaneSpec]:
+    """`logs` is the folder where lanes leave what their libraries print."""
+    spec = wish.artifact.spec
+    return [
+        LaneSpec(
+            name=f"{lane.device}/{number}", device=lane.device, source=source, artifact_path=wish.artifact.path,
+            preprocess=spec.preprocess, runtime=wish.runtime, precision=wish.precision,
+            engine_threads=lane.setting.engine_threads, decode_threads=lane.setting.decode_threads, space=spec.space,
+            log_path=logs / f"{lane.device.replace(':', '')}-{number}.log", batch=lane.setting.batch,
+            team=lane.setting.team, lead_batches=lane.setting.lead_batches,
+            hardware_share=lane.setting.hardware_share, cpus=lane.cpus,
+        )
+        for number, lane in enumerate(devices.lanes)
+    ]  # fmt: skip
 
 
 def gpu_trouble() -> str:
@@ -93,7 +190,7 @@ def gpu_trouble() -> str:
 def open_lane_engine(spec: LaneSpec) -> Engine:
     return open_engine(
         Artifact.open(spec.artifact_path), "vision", spec.runtime, spec.precision,
-        threads=spec.engine_threads, batch=spec.batch, device=spec.kind,
+        threads=spec.engine_threads, batch=spec.batch, device=spec.kind, team=spec.team,
     )  # fmt: skip
 
 
@@ -107,8 +204,10 @@ def open_stages(spec: LaneSpec, board: Board, engine: Engine) -> Any:
         from pipeline.stages_cpu import CpuStages
 
         return CpuStages(spec.preprocess, spec.decode_threads, board)
+    from pipeline import decode_gpu
     from pipeline.stages_gpu import GpuStages, canary
 
+    decode_gpu.HARDWARE_SHARE = spec.hardware_share  # this process has one lane, and makes one codec
     stages = GpuStages(spec.preprocess, spec.decode_threads, board)
     buffers = [cast(DeviceArray, engine.input(slot)) for slot in range(engine.slots)]
     canary(stages, Artifact.open(spec.artifact_path), buffers)

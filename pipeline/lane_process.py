@@ -23,20 +23,31 @@ from collections.abc import Callable, Iterator
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, field
 from multiprocessing.connection import Connection
+from typing import cast
 
 import numpy as np
 import numpy.typing as npt
 
 from pipeline.batch import Batch, Failure
 from pipeline.devices import last_words, open_lane_engine, open_stages
-from pipeline.lanes import ENGINE_SLOTS_MAX, TICK_S, Board, Chunk, Claim, Done, LaneSpec, Ready, Tick, Verdict
+from pipeline.lanes import (
+    ENGINE_SLOTS_MAX,
+    READ_THREADS,
+    TICK_S,
+    Board,
+    Chunk,
+    Claim,
+    Done,
+    LaneSpec,
+    Ready,
+    Tick,
+    Verdict,
+)
+from pipeline.posted_source import PostedSource
 from pipeline.reads import Read, Reader
+from pipeline.sources import Source
 from pipeline.store import Outcome, PendingItem, write_shard
 
-READ_THREADS = 8  # hides the latency of network file systems; on a warm local cache one is enough
-# Batches read ahead. On a GPU, 8 of 256 pictures last about as long as the coordinator takes to commit 4,096 rows
-# (0.1 s on a quiet disk), for it answers no claim meanwhile.
-LEAD_BATCHES = {"cpu": 2, "gpu": 8}
 BATCH_BYTES_MAX = 128 << 20  # of encoded pictures read together: some batches are in memory at once, whatever they hold
 BATCHES_WITH_ENGINE = 2  # of its three buffers; the decoder fills the third
 GPU_DEADLINE_S = 300.0  # a batch from decode to vectors; each of its rows that takes the CPU stage has 60 s of its own
@@ -84,7 +95,7 @@ class LaneProcess:
         assert self.engine.slots <= ENGINE_SLOTS_MAX
         self.stages = open_stages(spec, board, self.engine)
         self.backlog: deque[Chunk] = deque()
-        self.to_decode: queue.Queue[tuple[Work, Batch | None]] = queue.Queue(LEAD_BATCHES[spec.kind])
+        self.to_decode: queue.Queue[tuple[Work, Batch | None]] = queue.Queue(spec.lead_batches)
         self.to_encode: queue.Queue[tuple[Work, Batch | None]] = queue.Queue(self.engine.slots)
         self.free_slots: queue.Queue[int] = queue.Queue()
         for slot in range(self.engine.slots):
@@ -103,9 +114,11 @@ class LaneProcess:
 
     def _read_loop(self) -> None:
         with ThreadPoolExecutor(READ_THREADS) as pool:
-            reader = Reader(self.spec.source, pool, READ_THREADS, lambda: self.board.stopped)
+            source = PostedSource(self.spec.source, self.board)
+            reader = Reader(cast(Source, source), pool, READ_THREADS, lambda: self.board.stopped)
             while (chunk := self._next_chunk()) is not None:
                 work = Work(chunk)
+                source.row_ids = {row.locator: row.id for row in chunk.rows}
                 for batch in self._batches(work, reader):
                     start = time.monotonic()
                     self.to_decode.put((work, batch))
@@ -116,19 +129,19 @@ class LaneProcess:
         """Full batches of contents that nobody has computed yet; failed reads and copies get their outcome here."""
         size = self.engine.card.batch
         fresh: list[tuple[int, bytes]] = []
-        for group in _groups(work.chunk.rows, size):
+        for reads in reader.read_chunk(_groups(work.chunk.rows, size)):
             if self.board.stopped:
                 break
-            fresh += self._fresh(work, group, reader.read_all(group))
+            fresh += self._fresh(work, reads)
             while len(fresh) >= size or sum(len(encoded) for _, encoded in fresh) > BATCH_BYTES_MAX:
                 yield _batch(fresh[:size])
                 del fresh[:size]
         if fresh:
             yield _batch(fresh)
 
-    def _fresh(self, work: Work, group: list[PendingItem], reads: list[Read]) -> list[tuple[int, bytes]]:
+    def _fresh(self, work: Work, reads: list[tuple[PendingItem, Read]]) -> list[tuple[int, bytes]]:
         readable: list[tuple[int, bytes]] = []
-        for row, read in zip(group, reads, strict=True):
+        for row, read in reads:
             if isinstance(read, Failure):
                 work.fail(row.id, read)
             else:
@@ -216,8 +229,13 @@ class LaneProcess:
         self.board.finish(self.spec.decode_threads + batch.slot)
         self.free_slots.put(batch.slot)
         good = np.array([row not in batch.failed for row in range(rows)])
-        if not np.isfinite(emb_nd[good]).all():
-            raise ArithmeticError(f"the engine {self.engine.card.runtime} gave vectors that are not finite")
+        infinite = good & ~np.isfinite(emb_nd).all(axis=1)
+        if infinite.sum() == good.sum() > 1:
+            raise ArithmeticError(f"the engine {self.engine.card.runtime} gave no finite vector for a whole batch")
+        for row in np.flatnonzero(infinite).tolist():
+            words = f"{self.engine.card.runtime} {self.engine.card.precision} gives no finite vector for it"
+            batch.failed[row] = Failure("corrupt", words)
+        good &= ~infinite
         for row, row_id in enumerate(batch.ids.tolist()):
             if row in batch.failed:
                 work.fail(row_id, batch.failed[row])
@@ -238,7 +256,7 @@ class LaneProcess:
                 np.concatenate(work.emb_blocks),
                 np.array(work.emb_ids, np.int64),
                 [work.hashes[row_id] for row_id in work.emb_ids],
-                {"space": self.spec.space},
+                {"space": self.spec.space, "engine": self.engine.card.identity},
             )
         self._report_tick()
         self._send(Done(work.chunk.number, shard, work.outcomes, work.decoders))

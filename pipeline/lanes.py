@@ -19,12 +19,15 @@ from typing import Any, Literal, NamedTuple, TypeAlias
 
 from engines import Device
 from engines.spec import Precision, Preprocess
+from pipeline.setting import HARDWARE_SHARE
 from pipeline.sources import Source
 from pipeline.store import Outcome, PendingItem, ShardInfo
 
 TICK_S = 1.0
 STARTING, START_DEADLINE_S = -1, 600.0  # stands on the board in place of a row; a hung driver must not hang the run
 ENGINE_SLOTS_MAX = 8  # batches that a GPU may have in hand
+READ_THREADS = 8  # hides the latency of network file systems; on a warm local cache one is enough
+READ_DEADLINE_S = 120.0  # of one picture's bytes: a slow network stays below, one that is gone does not
 STOP_GRACE_S = 30.0  # one engine batch of the largest model on one slow core
 
 
@@ -106,11 +109,13 @@ Message: TypeAlias = Claim | Done | Ready | Refused | Lost | Broken | Tick
 class Board:
     """Shared memory between a lane and the coordinator: a stop flag, and the rows each worker has in hand.
 
-    No locks, so that a child killed at any instruction leaves nothing locked; every cell is one aligned int64.
+    `readers` more workers, after the `workers` that decode, read. No locks, so that a child killed at any instruction
+    leaves nothing locked; every cell is one aligned int64.
     """
 
-    def __init__(self, workers: int) -> None:
-        self._cells: Any = multiprocessing.get_context("spawn").RawArray("q", 1 + 3 * workers)
+    def __init__(self, workers: int, readers: int = 0) -> None:
+        self._cells: Any = multiprocessing.get_context("spawn").RawArray("q", 1 + 3 * (workers + readers))
+        self.first_reader = workers
 
     def stop(self) -> None:
         self._cells[0] = 1
@@ -133,9 +138,15 @@ class Board:
         pairs = zip(self._cells[1::3], self._cells[2::3], strict=True)
         return [(int(first), int(last)) for first, last in pairs if first > 0]
 
-    def overdue(self) -> bool:
+    def reading(self) -> bool:
+        return any(row > 0 for row in self._cells[1 + 3 * self.first_reader :: 3])
+
+    def overdue(self) -> Literal["", "decode", "read"]:
+        """What takes longer than it may."""
         now = time.monotonic_ns()
-        return any(row and deadline < now for row, deadline in zip(self._cells[1::3], self._cells[3::3], strict=True))
+        cells = enumerate(zip(self._cells[1::3], self._cells[3::3], strict=True))
+        late = [worker for worker, (row, deadline) in cells if row and deadline < now]
+        return "" if not late else "read" if late[0] >= self.first_reader else "decode"
 
 
 @dataclass(frozen=True)
@@ -154,6 +165,10 @@ class LaneSpec:
     space: str
     log_path: Path  # what C libraries print, and the stack of a crash
     batch: int | None = None  # rows; None for what the engine was built with. Less once GPU memory was full
+    team: int = 1  # engine threads that work on one run together, see `engines.aoti`
+    lead_batches: int = 2  # read ahead and waiting to be decoded
+    hardware_share: float = HARDWARE_SHARE  # of a GPU's JPEGs, for its hardware decoder
+    cpus: tuple[int, ...] = ()  # bound to these before anything starts a thread; empty: as the coordinator
 
     @property
     def kind(self) -> Device:
@@ -170,20 +185,23 @@ class Lane:
     board: Board
     ready: Ready | None = None
     chunks: dict[int, Chunk] = field(default_factory=dict)  # handed out and not yet done
-    rows_per_s: float = 0.0  # by its last ticks; 0 until known
+    rows_per_s: float = 0.0  # by its last ticks, half by the very last; 0 until known
     alone: bool = False  # it holds one suspect row and gets nothing else until that is decided
-    hung: bool = False
+    hung: Literal["", "decode", "read"] = ""  # killed because this took longer than it may
 
     @classmethod
     def start(cls, spec: LaneSpec) -> Lane:
         context = multiprocessing.get_context("spawn")
         ours, theirs = context.Pipe()
-        board = Board(spec.decode_threads + ENGINE_SLOTS_MAX)
+        board = Board(spec.decode_threads + ENGINE_SLOTS_MAX, READ_THREADS)
         board.start(0, STARTING, START_DEADLINE_S)
         process = context.Process(target=_child, args=(spec, theirs, board), name=spec.name, daemon=True)
         process.start()
         theirs.close()  # so that the child's death is an end of file here
         return cls(spec, process, ours, board)
+
+    def saw(self, rows_per_s: float) -> None:
+        self.rows_per_s = (self.rows_per_s + rows_per_s) / 2 if self.rows_per_s else rows_per_s
 
     def give(self, chunk: Chunk) -> None:
         self.chunks[chunk.number] = chunk
@@ -206,10 +224,15 @@ class Lane:
 def _child(spec: LaneSpec, conn: Connection, board: Board) -> None:
     """Imports engine, decoders and what they need in the child alone: the coordinator stays small."""
     if spec.kind == "gpu":
-        index, visible = int(spec.device.partition(":")[2]), os.environ.get("CUDA_VISIBLE_DEVICES")
-        # The index counts what is visible now; from here on, before any library asks, that one is.
-        os.environ["CUDA_VISIBLE_DEVICES"] = visible.split(",")[index].strip() if visible else str(index)
+        see_only(spec.device)
+    if spec.cpus:
+        os.sched_setaffinity(0, spec.cpus)
     from pipeline.lane_process import lane_main
 
     lane_main(spec, conn, board)
 
+
+def see_only(gpu: str) -> None:
+    """In a fresh process, before any library asks: the index of `gpu` counts what is visible now, then that one is."""
+    index, visible = int(gpu.partition(":")[2]), os.environ.get("CUDA_VISIBLE_DEVICES")
+    os.environ["CUDA_VISIBLE_DEVICES"] = visible.split(",")[index].strip() if visible else str(index)

@@ -9,7 +9,6 @@ finish its work. Each lane holds two chunks, so that it never waits for the coor
 from __future__ import annotations
 
 import logging
-import math
 import sys
 import time
 from collections import Counter, defaultdict, deque
@@ -35,14 +34,14 @@ from pipeline.lanes import (
     Tick,
     Verdict,
 )
+from pipeline.shares import Dynamic, Pace, Policy
 from pipeline.store import Outcome, PendingItem, Store
 
 log = logging.getLogger(__name__)
 
-CHUNK_S = 15.0  # what a kill -9 may cost per lane and chunk, against one fsync and one commit per chunk
 CHUNKS_PER_LANE = 2
-CHUNK_ROWS_MAX = 4096  # keeps a chunk's outcomes below a few MB whatever the speed
 LANE_DEATHS_MAX = 3  # deaths in a row with nobody to blame: it is not the pictures
+READ_CRASHES_MAX = 3  # rows of one container that take their reader down; then its others are not read
 
 
 class LaneFailed(Exception):
@@ -76,6 +75,7 @@ class Sharing:
     stopping: Callable[[], bool]
     on_tick: Callable[[Lane, Tick, Totals], None]
     all_needed: bool = True  # a lane that cannot even start ends the run
+    policy: Policy = field(default_factory=Dynamic)
     totals: Totals = field(default_factory=Totals)
     lanes: list[Lane] = field(default_factory=list)
     returned: deque[PendingItem] = field(default_factory=deque)  # of chunks whose lane died
@@ -85,6 +85,7 @@ class Sharing:
     chunk_number: int = 0
     claimed: dict[bytes, int] = field(default_factory=dict)  # content hash -> chunk that computes it
     accused: dict[str, tuple[PendingItem, Lane]] = field(default_factory=dict)  # lane -> what it died of, alone
+    crashed_reads: Counter[str] = field(default_factory=Counter)  # by container; rows that took their reader down
     deaths: Counter[str] = field(default_factory=Counter)  # of each lane, since its last finished chunk
     start_s: float = field(default_factory=time.monotonic)
     _left_before: int = sys.maxsize  # pending rows when this pass began
@@ -119,35 +120,51 @@ class Sharing:
         # A lane that is still starting is waited for only if it must judge a picture, or there is no other.
         if self.accused or any(lane.chunks for lane in self.lanes) or not any(lane.ready for lane in self.lanes):
             return True
+        if self._left_to_give():  # the policy wants every lane to be there
+            return True
         return self._another_pass()
 
     def _give(self, lane: Lane) -> None:
         if self.suspects:
             if lane.chunks:
                 return  # wait: a suspect must be alone, so that a second death can only be its own
-            lane.alone, rows = True, [self.suspects.popleft()]
+            rows = self._without_crashers([self.suspects.popleft()])
+            lane.alone = bool(rows)
         else:
-            rows = self._next_rows(self._chunk_rows(lane))
+            rows = self._without_crashers(self._next_rows(self._chunk_rows(lane)))
         if rows:
             self.chunk_number += 1
             lane.give(Chunk(self.chunk_number, self.store.shard_path(), rows))
 
+    def _chunk_rows(self, lane: Lane) -> int:
+        if not (left := self._left_to_give()):
+            return 0
+        paces = {
+            other.spec.name: Pace(
+                other.ready.batch,
+                other.rows_per_s or other.ready.rows_per_s or 1.0,  # an engine that was never measured has no rate
+                sum(len(chunk.rows) for chunk in other.chunks.values()),
+                seen=bool(other.rows_per_s),
+            )
+            for other in self.lanes
+            if other.ready and not other.alone
+        }
+        return self.policy.chunk_rows(lane.spec.name, left, paces, sum(not other.ready for other in self.lanes))
+
+    def _left_to_give(self) -> int:
+        return self.left + len(self.returned)
+
     def _next_rows(self, count: int) -> list[PendingItem]:
+        if not count:
+            return []
         if self.returned:
             return [self.returned.popleft() for _ in range(min(count, len(self.returned)))]
         rows = self.store.pending(count, self.cursor)
         if rows:
             self.cursor, self.left = rows[-1].id, self.left - len(rows)
+        else:
+            self.left = 0
         return rows
-
-    def _chunk_rows(self, lane: Lane) -> int:
-        """About CHUNK_S of work, whole batches, and never more than a lane's fair share of half of what is left."""
-        assert lane.ready
-        wanted: float = min(CHUNK_S * (lane.rows_per_s or lane.ready.rows_per_s), CHUNK_ROWS_MAX)
-        # By speed, so that all lanes are through at the same time, however slow one is.
-        speed = {other.spec.name: other.rows_per_s or other.ready.rows_per_s for other in self.lanes if other.ready}
-        fair = self.left * speed[lane.spec.name] / (2 * sum(speed.values()))
-        return lane.ready.batch * max(1, math.ceil(min(wanted, fair) / lane.ready.batch))
 
     def _another_pass(self) -> bool:
         """Copies whose original failed, or sat in a chunk that never came back, are still pending: start over."""
@@ -175,8 +192,8 @@ class Sharing:
             case Done():
                 self._commit(lane, message)
             case Tick():
-                if message.seconds >= TICK_S:  # shorter ones end a chunk
-                    lane.rows_per_s = message.rows / message.seconds
+                if message.seconds >= TICK_S or not lane.rows_per_s:  # shorter ones end a chunk
+                    lane.saw(message.rows / message.seconds)
                 self.totals.bound_s[message.bound] += message.seconds
                 self.totals.throughput.add(message, time.monotonic() - self.start_s)
                 self.on_tick(lane, message, self.totals)
@@ -219,13 +236,13 @@ class Sharing:
 
     def _kill_the_hung(self) -> None:
         for lane in self.lanes:
-            if lane.board.overdue() and not lane.hung:
-                lane.hung = True
+            if not lane.hung and (late := lane.board.overdue()):
+                lane.hung = late
                 lane.process.kill()  # the end of file on its pipe does the rest
 
     def _bury(self, lane: Lane, lost: Lost) -> None:
         """A lane died: settle its rows and start another in its place."""
-        name, in_hand = lane.spec.name, lane.board.in_hand()
+        name, log_path, in_hand = lane.spec.name, lane.spec.log_path, lane.board.in_hand()
         lane.kill()
         rows = self._rows_of(lane)
         self.lanes.remove(lane)
@@ -238,17 +255,18 @@ class Sharing:
         if lane.alone:
             self.accused[name] = (suspects.pop(), lane)
         self.suspects.extend(suspects)
-        if lost.words or not in_hand:
+        if lost.words or not in_hand or lane.hung == "read":
             self.deaths[name] += 1
         log.warning(
             "%s died (exit code %s%s); %d unfinished rows are retried, %d of them alone; its last words: %s",
-            name, lane.process.exitcode, lost.words and f": {lost.words}", len(rows), len(suspects), lane.spec.log_path,
+            name, lane.process.exitcode, lost.words and f": {lost.words}", len(rows), len(suspects), log_path,
         )
         if self.deaths[name] >= LANE_DEATHS_MAX:
+            why = f"with no picture in hand: out of memory, or a fault of the engine; see the system log and {log_path}"
+            if lane.hung == "read":
+                why = f"waiting for bytes of {lane.spec.source.root}: is it there, and does it answer?"
             self._give_up(
-                lane,
-                f"{name} died {self.deaths[name]} times in a row (exit code {lane.process.exitcode}) with no picture "
-                f"in hand: out of memory, or a fault of the engine; see the system log and {lane.spec.log_path}",
+                lane, f"{name} died {self.deaths[name]} times in a row (exit code {lane.process.exitcode}) {why}"
             )
         elif not self.stopping():
             self.lanes.append(Lane.start(lane.spec))
@@ -290,12 +308,23 @@ class Sharing:
         log.info("%s runs %s, batches of %d", lane.spec.name, ready.engine, ready.batch)
         if accused := self.accused.pop(lane.spec.name, None):
             row, dead = accused
-            self._condemn(row, "timeout" if dead.hung else "decoder_crash", dead.process.exitcode)
+            reading = dead.board.reading()
+            if reading and not dead.hung:
+                self.crashed_reads[_container(row)] += 1
+            reason: Reason = "read_error" if dead.hung == "read" else "timeout" if dead.hung else "decoder_crash"
+            words = f"took its {'reader' if reading else 'decoder'} process down twice, the second time alone"
+            self._condemn([row], reason, f"{words} (exit code {dead.process.exitcode})")
 
-    def _condemn(self, row: PendingItem, reason: Reason, exitcode: int | None) -> None:
-        words = f"took its decoder process down twice, the second time alone (exit code {exitcode})"
-        committed = self.store.commit_chunk(None, [Outcome(row.id, "quarantined", None, reason, words=words)])
-        self.totals.quarantined_new += committed.quarantined_new
+    def _condemn(self, rows: Sequence[PendingItem], reason: Reason, words: str) -> None:
+        outcomes = [Outcome(row.id, "quarantined", None, reason, words=words) for row in rows]
+        self.totals.quarantined_new += self.store.commit_chunk(None, outcomes).quarantined_new
+
+    def _without_crashers(self, rows: list[PendingItem]) -> list[PendingItem]:
+        """A parquet file that takes its reader down does so with row after row; it is not given the chance."""
+        lost = [row for row in rows if self.crashed_reads[_container(row)] >= READ_CRASHES_MAX]
+        if lost:
+            self._condemn(lost, "decoder_crash", f"{READ_CRASHES_MAX} pictures beside it took their reader down")
+        return [row for row in rows if self.crashed_reads[_container(row)] < READ_CRASHES_MAX]
 
     def _drain(self) -> None:
         """The run is stopped: lanes drop the batch in flight and hand in the rows that are done."""
@@ -304,3 +333,7 @@ class Sharing:
         deadline_s = time.monotonic() + STOP_GRACE_S
         while any(lane.chunks for lane in self.lanes) and time.monotonic() < deadline_s:
             self._listen(timeout_s=0.2)
+
+
+def _container(row: PendingItem) -> str:
+    return row.key.rpartition("/")[0]

@@ -14,9 +14,10 @@ from pictures import noisy_jpeg, write_folder
 from PIL import Image
 from runs import index, run_module
 
-from pipeline.config import index_parser, search_parser
+from pipeline.config import index_parser
 from pipeline.duration import parse_duration, words
 from pipeline.nightly import nightly_parser
+from pipeline.search_config import search_parser
 from pipeline.status import status_parser
 
 ROOT = Path(__file__).resolve().parents[1]
@@ -28,19 +29,65 @@ def flags(parser: object) -> set[str]:
 
 def test_flags_change_only_on_purpose() -> None:
     assert flags(index_parser()) == {
-        "-h", "--help", "--source", "--root", "--split", "--download", "--model", "--out", "--devices", "--runtime",
-        "--precision", "--max-quarantined", "--max-deleted", "--retry", "--budget", "--keep", "--json",
+        "-h",
+        "--help",
+        "--source",
+        "--root",
+        "--split",
+        "--download",
+        "--model",
+        "--out",
+        "--devices",
+        "--sharing",
+        "--runtime",
+        "--precision",
+        "--max-quarantined",
+        "--max-deleted",
+        "--retry",
+        "--budget",
+        "--keep",
+        "--json",
     }
     assert flags(search_parser()) == {
-        "-h", "--help", "--image", "--out", "-k", "--threshold", "--template", "--grid", "--json", "--model",
+        "-h",
+        "--help",
+        "--image",
+        "--like",
+        "--template",
+        "--out",
+        "-k",
+        "--offset",
+        "--threshold",
+        "--mmr",
+        "--group",
+        "--label",
+        "--taxon",
+        "--licence",
+        "--license",
+        "--date",
+        "--box",
+        "--key",
+        "--where",
+        "--grid",
+        "--json",
+        "--model",
+        "--exact",
     }
     assert flags(nightly_parser()) == {"-h", "--help", "--config", "--log", "--check"}
     assert flags(status_parser()) == {"-h", "--help", "--out", "--json", "--ledger"}
 
 
-@pytest.mark.parametrize("module", [
-    "pipeline.index", "pipeline.search", "pipeline.nightly", "pipeline.status", "engines.build", "export",
-])
+@pytest.mark.parametrize(
+    "module",
+    [
+        "pipeline.index",
+        "pipeline.search",
+        "pipeline.nightly",
+        "pipeline.status",
+        "engines.build",
+        "export",
+    ],
+)
 def test_help_has_examples(module: str) -> None:
     ran = run_module(module, "--help")
     assert ran.code == 0
@@ -51,8 +98,12 @@ def test_help_has_examples(module: str) -> None:
 def test_make_engines_then_index_then_search(tmp_path: Path) -> None:
     """The user's literal commands, with NIGHTJAR_MODEL set and only the root given."""
     split = tmp_path / "birds" / "train_mini"
-    for number, species in enumerate(("00001_Animalia_Chordata_Aves_Order_Family_Genus_first",
-                                      "00002_Animalia_Chordata_Aves_Order_Family_Genus_second")):
+    for number, species in enumerate(
+        (
+            "00001_Animalia_Chordata_Aves_Order_Family_Genus_first",
+            "00002_Animalia_Chordata_Aves_Order_Family_Genus_second",
+        )
+    ):
         (split / species).mkdir(parents=True)
         for row in range(3):
             (split / species / f"{row}.jpg").write_bytes(noisy_jpeg(10 * number + row))

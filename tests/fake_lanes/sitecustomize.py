@@ -1,0 +1,92 @@
+"""On the path of a run and its lanes, this makes engines and readers behave as ordered in the file $FAKE_LANES.
+
+    {"rows_per_s": {"cpu/0": 20}, "batch": 4,   engines of that speed, on no core at all; the rows they did and when
+     "start_together": 3,                       go into span-*.json beside the orders, and all lanes begin at once;
+                                                their CPUs are in there-*
+     "nan_every": 40,                           every so many rows have no finite vector
+     "read_deadline_s": 3,                      of one picture's bytes
+     "memory_bytes": 300000000}                 of this host
+
+A picture whose bytes end with READ-ABORT takes the process down when it is read, READ-HANG never comes back.
+"""
+
+import json
+import os
+import time
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+import pipeline.lanes
+from pipeline import devices
+from pipeline.sources import folder
+
+HOME = Path(os.environ["FAKE_LANES"]).parent
+ORDERS: dict[str, Any] = json.loads(Path(os.environ["FAKE_LANES"]).read_text())
+open_lane_engine, read = devices.open_lane_engine, folder.Folder.read
+
+if "read_deadline_s" in ORDERS:
+    pipeline.lanes.READ_DEADLINE_S = ORDERS["read_deadline_s"]
+if "memory_bytes" in ORDERS:
+    devices.memory_limit_bytes = lambda: ORDERS["memory_bytes"]
+
+
+class FakeEngine:
+    """The real one, whose results are late or not finite."""
+
+    def __init__(self, inside: Any, name: str) -> None:
+        self.inside, self.card, self.slots = inside, inside.card, inside.slots
+        self.span = HOME / f"span-{name.replace('/', '-')}.json"
+        self.rows_per_s = ORDERS.get("rows_per_s", {}).get(name)
+        self.rows, self.first_s, self.free_s, self.seen = 0, 0.0, 0.0, 0
+        self.done_s = dict.fromkeys(range(self.slots), 0.0)
+
+    def input(self, slot: int) -> Any:
+        return self.inside.input(slot)
+
+    def launch(self, slot: int, n: int) -> None:
+        now_s = time.monotonic()
+        self.first_s = self.first_s or now_s
+        if self.rows_per_s:
+            self.free_s = max(now_s, self.free_s) + self.card.batch / self.rows_per_s  # a short batch takes as long
+            self.done_s[slot] = self.free_s
+        self.rows += n
+        self.inside.launch(slot, n)
+
+    def result(self, slot: int) -> Any:
+        emb_nd = self.inside.result(slot)
+        time.sleep(max(0.0, self.done_s[slot] - time.monotonic()))
+        span = {"rows": self.rows, "first_s": self.first_s, "last_s": time.monotonic()}
+        if self.rows_per_s:
+            self.span.write_text(json.dumps(span))
+        if every := ORDERS.get("nan_every"):
+            self.seen += len(emb_nd)
+            emb_nd[[row for row in range(len(emb_nd)) if (self.seen - len(emb_nd) + row + 1) % every == 0]] = np.nan
+        return emb_nd
+
+
+def open_fake(spec: Any) -> Any:
+    from dataclasses import replace
+
+    engine = open_lane_engine(replace(spec, batch=ORDERS.get("batch"), engine_threads=1) if "batch" in ORDERS else spec)
+    if lanes := ORDERS.get("start_together"):
+        draft = HOME / f"starting-{spec.name.replace('/', '-')}"
+        draft.write_text(json.dumps(sorted(os.sched_getaffinity(0))))
+        draft.rename(HOME / draft.name.replace("starting", "there"))
+        while len(list(HOME.glob("there-*"))) < lanes:
+            time.sleep(0.01)
+    return FakeEngine(engine, spec.name)
+
+
+def read_fake(self: Any, locator: bytes, size_bytes: int) -> bytes:
+    encoded = read(self, locator, size_bytes)
+    if encoded.endswith(b"READ-ABORT"):
+        os.abort()
+    if encoded.endswith(b"READ-HANG"):
+        time.sleep(3600)
+    return encoded
+
+
+devices.open_lane_engine = open_fake
+folder.Folder.read = read_fake  # type: ignore[method-assign]

@@ -1,0 +1,273 @@
+"""Promise: every input is scored once, whoever does the work, and no lane is left idle while another still has much."""
+
+from __future__ import annotations
+
+import heapq
+import json
+import math
+import os
+import shutil
+from itertools import pairwise
+from pathlib import Path
+from typing import NamedTuple
+
+import pytest
+from hypothesis import given, settings
+from hypothesis import strategies as st
+from pictures import noisy_jpeg, write_folder
+from runs import index, quarantine, vectors_by_key
+
+from pipeline.cores import Core, divide, nodes, usable_cores
+from pipeline.scheduler import CHUNKS_PER_LANE
+from pipeline.shares import POLICIES, Pace, split
+from tests.test_never_loses import assert_adds_up
+
+HERE = Path(__file__).parent
+
+
+class Shared(NamedTuple):
+    rows: int
+    end_s: float  # when the last one was done
+    lanes: set[str]  # that did any
+
+
+def share_out(policy_name: str, rows: int, speeds: dict[str, float], batch: int, known: bool = True) -> Shared:
+    """The coordinator's loop on a clock of its own; asserts that no row is handed out twice, or never.
+
+    `known`: cards tell the true speed; otherwise all lanes are thought equal until they have done a chunk.
+    """
+    policy, left, cursor, now_s = POLICIES[policy_name](), rows, 0, 0.0
+    chunks: dict[str, list[range]] = {name: [] for name in speeds}
+    rates, seen = dict(speeds) if known else dict.fromkeys(speeds, 1e4), set[str]()
+    done: list[tuple[str, range]] = []
+    ends: list[tuple[float, str]] = []
+
+    def begin(name: str) -> None:
+        seconds = math.ceil(len(chunks[name][0]) / batch) * batch / speeds[name]
+        heapq.heappush(ends, (now_s + seconds, name))
+
+    while True:
+        for _ in range(CHUNKS_PER_LANE):
+            for name in speeds:
+                if left and len(chunks[name]) < CHUNKS_PER_LANE:
+                    paces = {n: Pace(batch, rates[n], sum(map(len, chunks[n])), n in seen) for n in speeds}
+                    if count := policy.chunk_rows(name, left, paces, 0):
+                        assert 0 < count <= left, "rows that are not there"
+                        chunks[name].append(range(cursor, cursor + count))
+                        cursor, left = cursor + count, left - count
+                        if len(chunks[name]) == 1:
+                            begin(name)
+        if not ends:
+            break
+        now_s, name = heapq.heappop(ends)
+        done.append((name, chunks[name].pop(0)))
+        rates[name] = speeds[name]
+        seen.add(name)
+        if chunks[name]:
+            begin(name)
+    assert not left, f"{left} rows were never handed out"
+    in_order = sorted((chunk for _, chunk in done), key=lambda chunk: chunk.start)
+    assert all(one.stop == other.start for one, other in pairwise(in_order)), "handed out twice"
+    return Shared(sum(map(len, in_order)), now_s, {name for name, _ in done})
+
+
+@pytest.mark.parametrize("policy", POLICIES)
+@settings(deadline=None, max_examples=100)
+@given(
+    rows=st.one_of(st.integers(0, 40), st.integers(0, 20_000), st.just(499_999)),
+    speeds=st.lists(st.floats(5, 20_000), min_size=1, max_size=9),
+    batch=st.sampled_from([1, 7, 32, 256, 2048]),
+    known=st.booleans(),
+)
+def test_every_row_is_handed_out_once(policy: str, rows: int, speeds: list[float], batch: int, known: bool) -> None:
+    lanes = {f"lane {number}": speed for number, speed in enumerate(speeds)}
+    assert share_out(policy, rows, lanes, batch, known).rows == rows
+
+
+@pytest.mark.parametrize(
+    ("policy", "rows", "batch"),
+    [
+        ("dynamic", 499_999, 32), ("dynamic", 100_000, 32), ("dynamic", 10_000, 32), ("dynamic", 3_000, 8),
+        ("static", 499_999, 32), ("static", 100_000, 32), ("static", 20_000, 32),
+    ],
+)
+def test_lanes_of_speed_1_3_10_end_within_3_percent_of_the_ideal(policy: str, rows: int, batch: int) -> None:
+    """Where the slowest has at least some 20 batches to do; with fewer, one batch of its is more than 3 %.
+
+    static needs more: while it measures, the fast ones wait for the slow one.
+    """
+    speeds = {"slow": 10.0, "middle": 30.0, "fast": 100.0}
+    found = share_out(policy, rows, speeds, batch, known=policy == "static")
+    assert found.lanes == set(speeds)
+    assert found.end_s <= 1.03 * rows / sum(speeds.values())
+
+
+@given(st.integers(0, 10**9), st.lists(st.floats(1e-3, 1e6), min_size=1, max_size=50))
+def test_a_split_has_every_row_and_follows_the_speeds(rows: int, speeds: list[float]) -> None:
+    lanes = {str(number): speed for number, speed in enumerate(speeds)}
+    shares = split(rows, lanes)
+    assert sum(shares.values()) == rows
+    for name, share in shares.items():
+        assert abs(share - rows * lanes[name] / sum(speeds)) < 1 + 1e-6 * rows
+
+
+def test_a_lane_that_goes_leaves_its_share_to_the_others() -> None:
+    policy = POLICIES["static"]()
+    paces = {"a": Pace(8, 100.0), "b": Pace(8, 100.0)}
+    first = {name: policy.chunk_rows(name, 10_000, paces, 0) for name in paces}
+    left = 10_000 - sum(first.values())
+    while left:
+        count = policy.chunk_rows("a", left, {"a": paces["a"]}, 1)  # b is starting again, or never comes back
+        assert count
+        left -= count
+
+
+def test_static_waits_until_all_lanes_can_be_measured_together() -> None:
+    policy = POLICIES["static"]()
+    assert policy.chunk_rows("a", 100, {"a": Pace(8, 100.0)}, 1) == 0
+    assert policy.chunk_rows("a", 100, {"a": Pace(8, 100.0), "b": Pace(8, 1.0)}, 0) > 0
+
+
+# ---- cores -------------------------------------------------------------------------------------------------------
+
+
+def fake_host(folder: Path, sockets: int, cores: int, threads: int) -> Path:
+    """/sys of a host whose CPU numbers count all first hardware threads, then all second ones, as Linux does."""
+    for thread in range(threads):
+        for socket in range(sockets):
+            for core in range(cores):
+                home = folder / f"cpu{thread * sockets * cores + socket * cores + core}"
+                (home / "topology").mkdir(parents=True)
+                (home / "cache" / "index3").mkdir(parents=True)
+                (home / f"node{socket}").mkdir()
+                (home / "topology" / "physical_package_id").write_text(f"{socket}\n")
+                (home / "topology" / "core_id").write_text(f"{core}\n")
+                (home / "cache" / "index3" / "id").write_text(f"{socket}\n")
+    return folder
+
+
+def test_lanes_get_cores_of_their_own_and_one_memory(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Two sockets of 28 cores with two hardware threads each: 56 cores, 112 CPUs."""
+    monkeypatch.setattr("os.sched_getaffinity", lambda pid: set(range(112)))
+    cores = usable_cores(fake_host(tmp_path, 2, 28, 2))
+    assert (len(cores), nodes(cores)) == (56, 2)
+    assert {len(core.cpus) for core in cores} == {2}
+    for lanes in (1, 2, 3, 4, 8, 56):
+        bound = divide(cores, lanes)
+        assert len(bound) == lanes
+        assert sorted(cpu for cpus in bound for cpu in cpus) == list(range(112)), "each CPU belongs to one lane"
+        if lanes % 2 == 0:
+            assert all(len({(cpu % 56) // 28 for cpu in cpus}) == 1 for cpus in bound), "no lane has two memories"
+    assert divide(cores, 57) == [()] * 57
+
+
+def test_a_host_that_tells_nothing_is_single_threaded_cores(tmp_path: Path) -> None:
+    assert usable_cores(tmp_path) == [Core(0, 0, 0, cpu, (cpu,)) for cpu in sorted(os.sched_getaffinity(0))]
+
+
+# ---- lanes that run ----------------------------------------------------------------------------------------------
+
+
+def fakes(tmp_path: Path, **orders: object) -> dict[str, str]:
+    (tmp_path / "orders.json").write_text(json.dumps(orders))
+    return {"PYTHONPATH": str(HERE / "fake_lanes"), "FAKE_LANES": str(tmp_path / "orders.json")}
+
+
+@pytest.fixture(scope="module")
+def photos(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    folder = tmp_path_factory.mktemp("photos")
+    paths = write_folder(folder, 90)
+    shutil.copyfile(paths[3], folder / "copy of 3.jpg")
+    (folder / "words.jpg").write_text("not a picture")
+    return folder
+
+
+@pytest.mark.parametrize("policy", POLICIES)
+def test_two_lanes_on_one_cpu_give_the_same_index(photos: Path, tmp_path: Path, tiny_model: Path, policy: str) -> None:
+    one = index(photos, tmp_path / "one", "--model", tiny_model, "--devices", "cpu")
+    args = ["--model", tiny_model, "--devices", "cpu,cpu", "--sharing", policy]
+    two = index(photos, tmp_path / "two", *args, env=fakes(tmp_path, start_together=2))
+    assert (one.code, two.code) == (0, 0), two.stderr
+    assert_adds_up(two)
+    assert (two.report["embedded"], two.report["copied"], two.report["quarantined"]) == (90, 1, 1)
+    assert vectors_by_key(tmp_path / "one") == vectors_by_key(tmp_path / "two")
+    assert "setting: by default" in two.stderr
+    bound = [set(json.loads((tmp_path / f"there-cpu-{number}").read_text())) for number in (0, 1)]
+    if len(usable_cores()) > 1:
+        assert not bound[0] & bound[1], "each lane has cores of its own"
+
+
+def test_cpu_lanes_that_do_not_fit_are_exit_2(photos: Path, tmp_path: Path, tiny_model: Path) -> None:
+    env = fakes(tmp_path, memory_bytes=300 << 20)
+    ran = index(photos, tmp_path / "index", "--model", tiny_model, "--devices", "cpu,cpu", env=env)
+    assert ran.code == 2
+    assert "2 CPU lanes need about 0.4 GB, here are 0.3 GB" in ran.report["error"]
+
+
+def test_lanes_of_speed_1_3_10_share_by_speed(tmp_path: Path, tiny_model: Path) -> None:
+    """Real processes around an engine of a speed to order. Each is busy until nearly the end."""
+    write_folder(tmp_path / "photos", 2000)
+    env = fakes(tmp_path, rows_per_s={"cpu/0": 20, "cpu/1": 60, "cpu/2": 200}, batch=4, start_together=3)
+    ran = index(tmp_path / "photos", tmp_path / "index", "--model", tiny_model, "--devices", "cpu,cpu,cpu", env=env)
+    assert ran.code == 0, ran.stderr
+    assert ran.report["embedded"] == 2000
+    spans = [json.loads(path.read_text()) for path in sorted(tmp_path.glob("span-*.json"))]
+    start_s, end_s = min(span["first_s"] for span in spans), max(span["last_s"] for span in spans)
+    speeds = [span["rows"] / (span["last_s"] - span["first_s"]) for span in spans]
+    # Ideal: nobody waits for anybody, at the speeds that this host let them have.
+    ideal_s = 2000 / sum(speeds)
+    assert end_s - start_s <= 1.03 * ideal_s, spans
+
+
+# ---- pictures that are no engine's fault, and readers that are --------------------------------------------------
+
+
+def test_a_picture_without_a_finite_vector_costs_one_picture(tmp_path: Path, tiny_model: Path) -> None:
+    paths = write_folder(tmp_path / "photos", 40)
+    ran = index(tmp_path / "photos", tmp_path / "index", "--model", tiny_model, env=fakes(tmp_path, nan_every=40))
+    assert ran.code == 0, ran.stderr
+    assert_adds_up(ran)
+    assert (ran.report["embedded"], ran.report["quarantined"]) == (len(paths) - 1, 1)
+    assert list(quarantine(tmp_path / "index").values()) == ["corrupt"]
+
+
+def test_an_engine_that_gives_no_finite_vector_at_all_ends_the_run(tmp_path: Path, tiny_model: Path) -> None:
+    write_folder(tmp_path / "photos", 40)
+    ran = index(tmp_path / "photos", tmp_path / "index", "--model", tiny_model, env=fakes(tmp_path, nan_every=1))
+    assert ran.code == 1
+    assert "no finite vector for a whole batch" in ran.report["error"]
+    assert quarantine(tmp_path / "index") == {}
+
+
+@pytest.mark.parametrize(("mark", "reason"), [(b"READ-ABORT", "decoder_crash"), (b"READ-HANG", "read_error")])
+def test_a_reader_that_dies_or_hangs_costs_one_picture(
+    tmp_path: Path, tiny_model: Path, mark: bytes, reason: str
+) -> None:
+    paths = write_folder(tmp_path / "photos", 42)
+    paths[30].write_bytes(noisy_jpeg(30) + mark)
+    env = fakes(tmp_path, read_deadline_s=3.0)
+    ran = index(tmp_path / "photos", tmp_path / "index", "--model", tiny_model, env=env)
+    assert ran.code == 0, ran.stderr
+    assert_adds_up(ran)
+    assert quarantine(tmp_path / "index") == {"even/00030.jpg": reason}
+    assert ran.report["embedded"] == 41
+
+
+def test_a_container_that_takes_its_reader_down_again_and_again_is_left_alone(tmp_path: Path, tiny_model: Path) -> None:
+    for number, path in enumerate(write_folder(tmp_path / "photos", 40)):
+        if path.parent.name == "odd":
+            path.write_bytes(noisy_jpeg(number) + b"READ-ABORT")
+    ran = index(tmp_path / "photos", tmp_path / "index", "--model", tiny_model, env=fakes(tmp_path))
+    assert ran.code == 0, ran.stderr
+    assert_adds_up(ran)
+    assert (ran.report["embedded"], ran.report["quarantined"]) == (20, 20)
+    assert ran.stderr.count(" died (exit code") <= 3 + 1 + 3, "not one death for each of its pictures"
+
+
+def test_a_source_that_never_answers_ends_the_run(tmp_path: Path, tiny_model: Path) -> None:
+    for number, path in enumerate(write_folder(tmp_path / "photos", 8)):
+        path.write_bytes(noisy_jpeg(number) + b"READ-HANG")
+    env = fakes(tmp_path, read_deadline_s=1.0)
+    ran = index(tmp_path / "photos", tmp_path / "index", "--model", tiny_model, env=env)
+    assert ran.code == 1
+    assert "is it there, and does it answer?" in ran.report["error"]
