@@ -51,19 +51,24 @@ $(VENV)/.lint: $(VENV)/.done
 	$(VENV)/bin/pip install --quiet --disable-pip-version-check --constraint constraints.txt --editable '.[lint]'
 	@touch $@
 
-# A contestant of the race, with dependencies of its own.
-$(VENV)-fastembed/.done:
-	$(PYTHON) -m venv $(VENV)-fastembed
-	$(VENV)-fastembed/bin/pip install --quiet --disable-pip-version-check fastembed==0.9.1
+# What only the plots and an environment of its own need.
+$(VENV)/.bench: $(VENV)/.done
+	$(VENV)/bin/pip install --quiet --disable-pip-version-check $(PINS) --editable '.[bench]'
 	@touch $@
 
-bench: setup $(VENV)-fastembed/.done  ## the figures of docs/benchmarks on this host: PICTURES=folder-of-jpegs MODEL=folder [OUT=...]
-	$(RUN) -m engines.build --model $(MODEL)
-	-$(RUN) -m engines.build --model $(MODEL) --precision int8
-	$(RUN) -m pipeline.bench store --out $(OUT)
-	$(RUN) -m pipeline.bench memory --pictures $(PICTURES) --model $(MODEL) --images 1000 10000 --out $(OUT)
-	$(RUN) -m pipeline.bench race --pictures $(PICTURES) --model $(MODEL) --images 48 --rounds 5 \
-		--fastembed-python $(VENV)-fastembed/bin/python --out $(OUT)
+# Parts end by themselves at their limits: 24 minutes on a quiet host, engines built and peers installed before.
+BENCH = $(RUN) -m pipeline.bench
+bench: setup $(VENV)/.bench  ## the figures of docs/benchmarks on this host: PICTURES=folder-of-jpegs MODEL=folder [OUT=...]
+	for model in $(MODEL) export/demo; do \
+		$(RUN) -m engines.build --model $$model; $(RUN) -m engines.build --model $$model --precision int8; done
+	$(BENCH) peers --pictures $(PICTURES) --model $(MODEL) --images 24 --out $(OUT)
+	$(BENCH) text --model $(MODEL) --out $(OUT)
+	$(BENCH) encoders --pictures $(PICTURES) --model $(MODEL) --out $(OUT)
+	$(BENCH) roofline --pictures $(PICTURES) --model $(MODEL) --out $(OUT)
+	$(BENCH) startup --pictures $(PICTURES) --model $(MODEL) --out $(OUT)
+	$(BENCH) null --model $(MODEL) --out $(OUT)
+	$(BENCH) store --out $(OUT)
+	$(BENCH) ladder --pictures $(PICTURES) --model $(MODEL) --out $(OUT)
 
 gpu-bundle: setup  ## offline bundle of wheels for an air-gapped Python 3.12 / CUDA 13 host, into bundle/
 	$(RUN) docker/gpu_bundle.py bundle

@@ -1,9 +1,14 @@
 """What users run today, timed on the same files: one contestant per process, embeddings on disk at the end.
 
-    python docs/benchmarks/peers.py {hf-one,hf-batched,fastembed} MODEL_DIR PICTURES_DIR OUT.npy
+    python docs/benchmarks/peers.py CONTESTANT MODEL_DIR PICTURES_DIR OUT.npy
 
-Needs nothing of ours. fastembed also needs MODEL_DIR/model.onnx (vision tower, input `pixel_values`) and
-`pip install fastembed==0.9.1`. Prints one JSON line; its clock starts after imports and model load.
+    hf-one, hf-batched      transformers, one picture at a time and in batches of 32
+    sentence-transformers   6.2.0 loads the same folder; pictures are opened by us
+    fastembed               0.9.1, on MODEL_DIR/model.onnx (vision tower, input `pixel_values`)
+    clip-retrieval          2.45.0 with setuptools<=80.9.0 and transformers<5, batches of 64
+
+Needs nothing of ours. Prints one JSON line; its clock starts after imports and model load. clip-retrieval does not let
+anybody in between: its own clock, from the first sample to the last, is taken.
 """
 
 from __future__ import annotations
@@ -11,12 +16,14 @@ from __future__ import annotations
 import json
 import os
 import sys
+import tempfile
 import time
 from pathlib import Path
 
 import numpy as np
 
 BATCH = 32
+CLIP_RETRIEVAL_BATCH = 64
 
 
 def hf(model_dir: str, paths: list[Path], batch: int) -> tuple[np.ndarray, float]:
@@ -37,6 +44,18 @@ def hf(model_dir: str, paths: list[Path], batch: int) -> tuple[np.ndarray, float
     return np.concatenate(blocks), start_s
 
 
+def sentence_transformers(model_dir: str, paths: list[Path]) -> tuple[np.ndarray, float]:
+    from PIL import Image
+    from sentence_transformers import SentenceTransformer
+
+    model = SentenceTransformer(model_dir, device="cpu")
+    start_s, blocks = time.monotonic(), []
+    for first in range(0, len(paths), BATCH):  # all at once would hold all pictures in memory
+        pictures = [Image.open(path).convert("RGB") for path in paths[first : first + BATCH]]
+        blocks.append(model.encode(pictures, batch_size=BATCH, normalize_embeddings=True, show_progress_bar=False))
+    return np.concatenate(blocks), start_s
+
+
 def fastembed(model_dir: str, paths: list[Path]) -> tuple[np.ndarray, float]:
     from fastembed import ImageEmbedding
 
@@ -48,16 +67,51 @@ def fastembed(model_dir: str, paths: list[Path]) -> tuple[np.ndarray, float]:
     return np.stack(list(model.embed([str(path) for path in paths], batch_size=BATCH))), start_s
 
 
+def without_cuda() -> None:
+    """torchvision as pip brings it is built for CUDA: beside a CPU torch it misses two operators."""
+    import torch
+
+    if torch.version.cuda is None:
+        for name in ("nms", "qnms"):
+            schema = "(Tensor dets, Tensor scores, float iou_threshold) -> Tensor"
+            torch.library.define(f"torchvision::{name}", schema)
+
+
+def clip_retrieval(model_dir: str, pictures_dir: str) -> tuple[np.ndarray, float]:
+    """(vectors of the pictures it embedded, its own seconds)."""
+    without_cuda()
+    from clip_retrieval import clip_inference
+
+    with tempfile.TemporaryDirectory() as out:
+        clip_inference(
+            input_dataset=pictures_dir, output_folder=out, input_format="files", enable_text=False,
+            clip_model=f"hf_clip:{Path(model_dir).resolve()}", use_jit=False, batch_size=CLIP_RETRIEVAL_BATCH,
+            num_prepro_workers=min(2, os.cpu_count() or 1), output_partition_count=1,
+        )  # fmt: skip
+        stats = json.loads((Path(out) / "stats" / "0.json").read_text())
+        vectors = [np.load(path) for path in sorted((Path(out) / "img_emb").glob("*.npy"))]
+    return np.concatenate(vectors), float(stats["total_duration"])
+
+
 def main() -> None:
     contestant, model_dir, pictures_dir, out = sys.argv[1:5]
     paths = sorted(path for path in Path(pictures_dir).rglob("*") if path.is_file())
-    if contestant == "fastembed":
-        emb_nd, start_s = fastembed(model_dir, paths)
+    if contestant == "clip-retrieval":
+        emb_nd, seconds = clip_retrieval(model_dir, pictures_dir)
+    elif contestant in ("sentence-transformers", "fastembed"):
+        emb_nd, start_s = {"fastembed": fastembed, "sentence-transformers": sentence_transformers}[contestant](
+            model_dir, paths
+        )
+        seconds = time.monotonic() - start_s
     else:
         emb_nd, start_s = hf(model_dir, paths, 1 if contestant == "hf-one" else BATCH)
+        seconds = time.monotonic() - start_s
     np.save(out, emb_nd.astype(np.float16))
-    print(json.dumps({"contestant": contestant, "images": len(emb_nd), "seconds": time.monotonic() - start_s}))
+    print()  # clip-retrieval leaves an unfinished line
+    print(json.dumps({"contestant": contestant, "images": len(emb_nd), "seconds": seconds}))
 
 
 if __name__ == "__main__":
     main()
+elif __name__ == "__mp_main__":  # clip-retrieval's logger, a process that imports all of it again
+    without_cuda()

@@ -1,0 +1,147 @@
+"""`bench race`: end-to-end images/s against what users run today, and against our own engines alone.
+
+Same files, same cores, interleaved rounds. Every contestant is timed on n and on 2n pictures; the difference is its
+rate, so that nobody pays for imports and model load. The faster ones get more pictures, for similar times. Rates are
+per second and per second of CPU time, which neighbours on a shared host disturb less.
+"""
+
+from __future__ import annotations
+
+import json
+import os
+import resource
+import shutil
+import statistics
+import sys
+import tempfile
+import time
+from collections.abc import Callable
+from functools import partial
+from pathlib import Path
+from typing import Any, Literal, NamedTuple
+
+import numpy as np
+
+from engines import open_engine
+from engines.spec import find_artifact
+from pipeline.bench.pictures import EDGE, jpegs_below, small_copies, unique_copies
+from pipeline.bench.processes import index_command, last_json
+
+PEERS = Path(__file__).resolve().parents[2] / "docs" / "benchmarks" / "peers.py"
+ENGINE_S = 6.0  # of running the engine alone, twice a round
+
+
+class Seconds(NamedTuple):
+    wall: float
+    cpu: float  # of all threads and child processes
+
+
+def race(pictures: Path, model: str, images: int, rounds: int, fastembed_python: str) -> dict[str, Any]:
+    """Medians over `rounds` of images per second, and of each contestant's ratio to ours within a round."""
+    jpegs = jpegs_below(pictures)
+    artifact, ours = find_artifact(model), ["nightjar"]
+    precisions: dict[str, Literal["auto", "int8"]] = {"nightjar": "auto"}
+    if any(card.precision == "int8" for _, card in artifact.cards()):
+        precisions["nightjar int8"] = "int8"
+        ours.append("nightjar int8")
+    with tempfile.TemporaryDirectory() as name:
+        work = Path(name)
+        contestants: dict[str, tuple[int, Callable[[Path], float]]] = {
+            "hf-one": (images, _peer("hf-one", sys.executable, model, work)),
+            "hf-batched": (2 * images, _peer("hf-batched", sys.executable, model, work)),
+            "fastembed": (2 * images, _peer("fastembed", fastembed_python, model, work)),
+        }
+        for who, times in zip(ours, (4, 8), strict=False):
+            contestants[who] = (
+                times * images,
+                partial(_timed_index, work=work, model=model, precision=precisions[who]),
+            )
+        jpegs = small_copies(jpegs, work / "small")
+        for count in {size for n, _ in contestants.values() for size in (n, 2 * n)}:
+            unique_copies(jpegs, work / str(count), count)
+        give_fastembed_its_graph(model)
+        table: list[dict[str, Seconds]] = []  # a picture
+        for _ in range(rounds):
+            row: dict[str, Seconds] = {}
+            for who, (n, run) in contestants.items():
+                if who in ours:  # its engine alone before and after, as close in time as can be
+                    before = engine_seconds(model, precisions[who])
+                row[who] = _marginal(run, work, n)
+                if who in ours:
+                    after = engine_seconds(model, precisions[who])
+                    row[f"{who}, engine alone"] = Seconds(*((b + a) / 2 for b, a in zip(before, after, strict=True)))
+            table.append(row)
+            print(json.dumps({who: 1 / seconds.wall for who, seconds in row.items()}), file=sys.stderr, flush=True)
+    return {
+        "images": {who: [n, 2 * n] for who, (n, _) in contestants.items()},
+        "pictures": f"{len(jpegs)} JPEGs of {EDGE} pixels, each copy with a unique comment",
+        "per_s": _rates([{who: 1 / seconds.wall for who, seconds in row.items()} for row in table], ours),
+        "per_cpu_s": _rates([{who: 1 / seconds.cpu for who, seconds in row.items()} for row in table], ours),
+    }
+
+
+def _rates(rounds: list[dict[str, float]], ours: list[str]) -> dict[str, Any]:
+    return {
+        "rounds": rounds,
+        "median_images": {who: statistics.median(row[who] for row in rounds) for who in rounds[0]},
+        "over": {
+            mine: {who: statistics.median(row[mine] / row[who] for row in rounds) for who in rounds[0]} for mine in ours
+        },
+    }
+
+
+def _marginal(run: Callable[[Path], float], work: Path, images: int) -> Seconds:
+    """For one picture more. The contestant's own clock starts after its start-up; of CPU time that is taken off."""
+    walls, cpus = [], [_children_cpu_s()]
+    for count in (images, 2 * images):
+        walls.append(run(work / str(count)))
+        cpus.append(_children_cpu_s())
+    return Seconds((walls[1] - walls[0]) / images, (cpus[2] - 2 * cpus[1] + cpus[0]) / images)
+
+
+def _children_cpu_s() -> float:
+    usage = resource.getrusage(resource.RUSAGE_CHILDREN)
+    return usage.ru_utime + usage.ru_stime
+
+
+def _timed_index(root: Path, work: Path, model: str, precision: str) -> float:
+    out = work / "index"
+    shutil.rmtree(out, ignore_errors=True)
+    report = last_json([*index_command(root, out, model), "--precision", precision])
+    assert report["embedded"] == len(os.listdir(root)), report
+    return float(report["seconds"])
+
+
+def _peer(who: str, python: str, model: str, work: Path) -> Callable[[Path], float]:
+    def run(root: Path) -> float:
+        result = last_json([python, str(PEERS), who, model, str(root), str(work / f"{who}.npy")])
+        assert result["images"] == len(os.listdir(root)), result
+        return float(result["seconds"])
+
+    return run
+
+
+def give_fastembed_its_graph(model: str) -> None:
+    """fastembed reads MODEL/model.onnx with an input `pixel_values`; ours is the same network."""
+    target = Path(model) / "model.onnx"
+    if not target.exists():
+        shutil.copyfile(find_artifact(model).onnx("vision", "fp32"), target)
+
+
+def engine_seconds(model: str, precision: Literal["auto", "int8"]) -> Seconds:
+    """A picture, in the engine `index` would take, alone, on random pixels, two batches in flight as in a lane."""
+    engine = open_engine(find_artifact(model), "vision", precision=precision)
+    rows = engine.card.batch
+    for slot in (0, 1):
+        engine.input(slot)[:] = np.random.default_rng(slot).standard_normal(engine.input(slot).shape, np.float32)
+        engine.launch(slot, rows)
+    engine.result(0)
+    done, start_s, start_cpu_s = 0, time.monotonic(), time.process_time()
+    while (seconds := time.monotonic() - start_s) < ENGINE_S:
+        engine.launch(done // rows % 2, rows)
+        done += rows
+        engine.result(done // rows % 2)
+    cpu_s = time.process_time() - start_cpu_s
+    for slot in (0, 1):
+        engine.result(slot)  # leaves the cores to whoever is next
+    return Seconds(seconds / done, cpu_s / done)

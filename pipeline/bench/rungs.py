@@ -1,0 +1,151 @@
+"""The rungs of the ladder: named configurations, each one change away from an earlier one.
+
+The first ones are Hugging Face's, as a published study climbed them (`docs/benchmarks/seed.py` runs them); the last are
+ours, `python -m pipeline.index`. What this host cannot run is in the table too, with the reason.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from dataclasses import dataclass, field, replace
+from typing import Any
+
+from engines import device_of
+from engines.hardware import has_bf16, has_int8, host_id
+from engines.memory_gpu import gpus
+from engines.spec import Artifact, Precision
+from pipeline.bench.published import BATCHES, SEED_THREADS
+from pipeline.devices import gpu_trouble
+
+BATCH = 32
+RATE_GUESS, TIMES_MAX = 15, 400  # images/s of what gets `images`; faster ones get more, for similar times
+COMPILED: tuple[Precision, ...] = ("fp32", "bf16", "int8")
+
+
+@dataclass(frozen=True)
+class Rung:
+    """`config` is what the runner takes: of seed.py, or the options of `pipeline.index`."""
+
+    name: str
+    change: str
+    figure: str  # of the published study that it belongs to
+    images: int
+    runner: str = "seed"  # or "index"
+    config: dict[str, Any] = field(default_factory=dict)
+    precision: Precision = "fp32"
+    device: str = "cpu"
+    core: bool = False  # one of the ladder proper: repeated in every round
+    absent: str = ""  # why it cannot be run here
+
+
+def rungs(artifact: Artifact, cores: int, images: int) -> list[Rung]:
+    """In the order in which they are measured: when time runs out, the last ones are missing.
+
+    `images` is what a core rung at 15 images/s gets; faster ones get more.
+    """
+    base: dict[str, Any] = {"batch": 1, "threads": cores}
+    one = Rung("hf one by one", "the start", "5", images, config=base, core=True)
+    batched = replace(one, name=f"hf batches of {BATCH}", change=f"batches of {BATCH}", config={**base, "batch": BATCH})
+    batched = replace(batched, figure="6", images=_whole(images, BATCH))
+    parallel = replace(
+        batched, name=f"hf {cores} producers", change=f"{cores} processes decode and preprocess", figure="7",
+        config={**batched.config, "producers": cores},
+    )  # fmt: skip
+    shared = [_shared(parallel, policy, cores) for policy in ("static", "dynamic")]
+    each = max(1, cores // 2)
+    replicas = replace(
+        parallel, name="hf 2 replicas", change="two models share the cores", figure="9",
+        config={**parallel.config, "devices": ["cpu", "cpu"], "threads": each},
+    )  # fmt: skip
+    ours = replace(
+        replicas, name="hf + our preprocessing", change="our decode and resize", figure="10",
+        config={**replicas.config, "preprocess": "ours"},
+    )  # fmt: skip
+    core = [one, batched, parallel, *shared, replicas, ours, *_indexes(artifact, images)]
+    steps = [*_threads(batched), *_grid(parallel, cores), *_more_replicas(parallel, cores), *_sweep(one, images)]
+    return [*core, *_gpu_starts(one, batched), *steps]
+
+
+def _shared(parallel: Rung, policy: str, cores: int) -> Rung:
+    config = {**parallel.config, "devices": ["cuda:0", "cpu"], "sharing": policy}
+    change = "a CPU and a GPU model, split by speed" if policy == "static" else "one queue for both"
+    return replace(
+        parallel, name=f"hf {policy} cpu+gpu", change=change, figure="8", config=config, device="cpu+gpu",
+        absent=gpu_trouble(),
+    )  # fmt: skip
+
+
+def _gpu_starts(one: Rung, batched: Rung) -> Iterator[Rung]:
+    """The start of the ladder once more, on a GPU."""
+    for rung, figure in ((one, "5"), (batched, "6")):
+        config = {**rung.config, "devices": ["cuda:0"]}
+        yield replace(
+            rung, name=f"{rung.name}, gpu", change="on a GPU", figure=figure, config=config, device="gpu", core=False,
+            absent=gpu_trouble(),
+        )  # fmt: skip
+
+
+def _indexes(artifact: Artifact, images: int) -> Iterator[Rung]:
+    """`pipeline.index` with every engine of this host, and what is missing of fp32, bf16, int8 and a GPU."""
+    here = [host_id(), *(gpu.identity for gpu in gpus())]
+    cards = [card for _, card in artifact.cards() if card.tower == "vision" and card.host in here and card.verified]
+    cards.sort(key=lambda card: (device_of(card.runtime), card.rows_per_s))
+    for card in cards:
+        device = device_of(card.runtime)
+        config = {"--runtime": card.runtime, "--precision": card.precision, "--devices": device.replace("gpu", "gpu:0")}
+        count = round(images * min(max(card.rows_per_s / RATE_GUESS, 1.0), TIMES_MAX))
+        name, change = f"nightjar {card.runtime} {card.precision}", f"our pipeline, {card.runtime} {card.precision}"
+        yield Rung(name, change, "10", count, "index", config, card.precision, device, core=True)
+    missing = {
+        "bf16": "" if has_bf16() else "this CPU does not multiply bf16",
+        "int8": "" if has_int8() else "this CPU has neither VNNI nor AMX",
+    }
+    for precision in COMPILED:
+        if not any(card.precision == precision and device_of(card.runtime) == "cpu" for card in cards):
+            reason = missing.get(precision) or f"not built: make engines PRECISION={precision}"
+            yield Rung(f"nightjar compiled {precision}", "", "10", 0, "index", precision=precision, absent=reason)
+    if not any(device_of(card.runtime) == "gpu" for card in cards):
+        reason = gpu_trouble() or "not built: make engines LANE=gpu-cu13"
+        yield Rung("nightjar gpu", "", "10", 0, "index", precision="fp16", device="gpu", absent=reason)
+
+
+def _threads(batched: Rung) -> Iterator[Rung]:
+    for threads in SEED_THREADS:
+        config = {**batched.config, "threads": threads}
+        yield replace(
+            batched, name=f"hf {threads} threads", change=f"{threads} threads", figure="4", config=config, core=False
+        )
+
+
+def _grid(parallel: Rung, cores: int) -> Iterator[Rung]:
+    for producers in sorted({1, cores, cores + 1}):
+        for threads in sorted({max(1, cores // 2), cores}):
+            if (producers, threads) != (cores, cores):  # the rung of the ladder
+                name, config = (
+                    f"hf {producers} producers x {threads} threads",
+                    {"producers": producers, "threads": threads},
+                )
+                yield replace(parallel, name=name, change=name[3:], config={**parallel.config, **config}, core=False)
+
+
+def _more_replicas(parallel: Rung, cores: int) -> Iterator[Rung]:
+    for count in (1, 3, 4):
+        config = {"devices": ["cpu"] * count, "threads": max(1, cores // count)}
+        name = f"hf {count} replica{'s' * (count > 1)}"
+        yield replace(
+            parallel, name=name, change=name[3:], figure="9", config={**parallel.config, **config}, core=False
+        )
+
+
+def _sweep(one: Rung, images: int) -> Iterator[Rung]:
+    for batch in BATCHES:
+        if batch not in (1, BATCH):
+            name, config = f"hf batches of {batch}", {**one.config, "batch": batch}
+            yield replace(
+                one, name=name, change=f"batches of {batch}", figure="6", config=config, images=_whole(images, batch),
+                core=False,
+            )  # fmt: skip
+
+
+def _whole(images: int, batch: int) -> int:
+    return batch * -(-images // batch)

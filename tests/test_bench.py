@@ -1,0 +1,255 @@
+"""What a benchmark promises: it fails where answers or images are lost, ends in time, and says what it could not do."""
+
+from __future__ import annotations
+
+import csv
+import importlib.util
+import json
+import os
+import sys
+import time
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import psutil
+import pytest
+from pictures import noisy_jpeg
+from runs import run_module
+
+from engines.spec import Preprocess, find_artifact
+from pipeline.batch import BadImage
+from pipeline.bench import encoders, figures, ladder, rungs
+from pipeline.bench.energy import joules_between, read_energy
+from pipeline.bench.pictures import Corpus, dirty_copies
+from pipeline.bench.processes import ChildFailed, Limit, OutOfTime, run_measured
+from pipeline.bench.rungs import Rung
+from pipeline.decode_cpu import decode
+
+ROOT = Path(__file__).resolve().parents[1]
+
+
+@pytest.fixture(scope="module")
+def photos(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    folder = tmp_path_factory.mktemp("photos")
+    for number in range(8):
+        (folder / f"{number}.jpg").write_bytes(noisy_jpeg(number, 120, 100))
+    return folder
+
+
+def row(**found: Any) -> dict[str, Any]:
+    return {"lost": 0, "scored_twice": 0, "error_over_spread": 0.0, "top9_overlap": 1.0, **found}
+
+
+FP32, INT8 = Rung("a", "", "5", 1), Rung("b", "", "10", 1, precision="int8")
+
+
+@pytest.mark.parametrize(
+    ("rung", "found", "words"),
+    [
+        (FP32, row(lost=1), "1 images lost"),
+        (FP32, row(scored_twice=2), "2 images scored twice"),
+        (FP32, row(error_over_spread=0.02), "error/spread"),
+        (FP32, row(error_over_spread=float("nan")), "error/spread"),
+        (INT8, row(top9_overlap=0.94), "top-9 overlap"),
+    ],
+)
+def test_a_rung_that_loses_images_or_changes_answers_fails(rung: Rung, found: dict[str, Any], words: str) -> None:
+    assert [words in failure for failure in ladder.failures(found, rung)] == [True]
+    assert figures.failed({"rungs": [{"rung": "a", "skipped": "", "failures": ladder.failures(found, rung)}]}) == ["a"]
+
+
+def test_a_rung_within_its_bars_passes() -> None:
+    assert ladder.failures(row(error_over_spread=0.2, top9_overlap=0.96), INT8) == []
+    assert ladder.failures(row(error_over_spread=0.002), FP32) == []
+
+
+@pytest.mark.parametrize(
+    ("batches", "lost", "twice"), [([0, 1, 2], 0, 0), ([0, 2], 4, 0), ([0, 1, 1, 2], 0, 4), ([0, 1], 2, 0)]
+)
+def test_batches_that_are_missing_or_come_twice_are_counted(
+    tmp_path: Path, batches: list[int], lost: int, twice: int
+) -> None:
+    np.savez(tmp_path / "v.npz", emb_nd=np.zeros((10, 2), np.float32), batches=batches)
+    found = ladder._npz(tmp_path / "v.npz", images=10, batch=4)
+    assert (found.lost, found.twice) == (lost, twice)
+
+
+def seed_module() -> Any:
+    spec = importlib.util.spec_from_file_location("seed", ROOT / "docs/benchmarks/seed.py")
+    assert spec
+    assert spec.loader
+    module = importlib.util.module_from_spec(spec)
+    spec.loader.exec_module(module)
+    return module
+
+
+@pytest.mark.parametrize(("batches", "speeds"), [(100, [1.0, 3.0]), (1, [1.0, 9.0]), (0, [1.0, 1.0]), (37, [1, 1, 1])])
+def test_the_static_split_gives_every_batch_once_and_by_speed(batches: int, speeds: list[float]) -> None:
+    owners = seed_module().owners_by_speed(batches, speeds)
+    assert len(owners) == batches
+    for at, speed in enumerate(speeds):
+        assert abs(owners.count(at) - batches * speed / sum(speeds)) <= 1
+
+
+def test_every_rung_has_a_name_of_its_own_and_a_reason_where_it_cannot_run(tiny_model: Path) -> None:
+    table = rungs.rungs(find_artifact(str(tiny_model)), cores=2, images=8)
+    assert len({rung.name for rung in table}) == len(table)
+    assert {rung.figure for rung in table} == {"4", "5", "6", "7", "8", "9", "10"}
+    assert {rung.config["batch"] for rung in table if rung.figure in "56" and "batch" in rung.config} == set(
+        rungs.BATCHES
+    )
+    absent = {rung.name: rung.absent for rung in table if rung.absent}
+    assert {"nightjar compiled int8", "nightjar compiled bf16"} <= set(absent)
+    assert all(rung.images or rung.absent for rung in table)
+
+
+def test_two_rungs_of_a_tiny_model_agree_and_leave_all_files(
+    tiny_model: Path, photos: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Hugging Face one by one against `pipeline.index`, then files as `bench ladder` writes them."""
+    config = {"--runtime": "ort-cpu", "--precision": "fp32", "--devices": "cpu"}
+    pair = [
+        Rung("hf one by one", "", "5", 16, config={"batch": 1, "threads": 1}, core=True),
+        Rung("nightjar", "", "10", 16, "index", config, core=True),
+        Rung("nightjar gpu", "", "10", 0, "index", absent="no GPU"),
+    ]
+    monkeypatch.setattr(ladder, "rungs", lambda *_: pair)
+    monkeypatch.setattr(ladder, "ANSWER_PICTURES", 20)
+    monkeypatch.setattr(ladder, "DISTINCT", 8)
+    monkeypatch.chdir(ROOT)
+    tables = list(ladder.ladder(photos, str(tiny_model), str(tiny_model), 16, 1, Limit(300), tmp_path))
+    first, ours, gpu = tables[-1]
+    assert gpu["skipped"] == "no GPU"
+    for one in (first, ours):
+        assert one["skipped"] == ""
+        assert one["failures"] == []
+        assert (one["lost"], one["scored_twice"]) == (0, 0)
+        assert one["images_per_s"] > 0
+        assert one["peak_rss_mb"] > 30
+        assert 0 < one["peak_share"] < 1
+    assert 0 < ours["error_over_spread"] < 0.01
+    assert ours["top9_overlap"] >= 0.99
+    head = {
+        "cpu": "x",
+        "cores": 2,
+        "date": "d",
+        "command": "c",
+        "seconds": 1.0,
+        "load_before": 0,
+        "energy": "none",
+        "versions": {},
+    }
+    figures.write("ladder", {**head, "rungs": tables[-1]}, tmp_path)
+    with (tmp_path / "ladder.csv").open() as file:
+        assert [line["verdict"] for line in csv.DictReader(file)] == ["ok", "ok", "no GPU"]
+    text = (tmp_path / "ladder.md").read_text()
+    assert "26.57" in text  # published, beside ours
+    assert ("figure-10.png" in text) == (importlib.util.find_spec("matplotlib") is not None)
+
+
+def test_an_index_that_lacks_a_picture_or_computed_one_twice_is_seen(tmp_path: Path) -> None:
+    import h5py
+
+    (tmp_path / "runs").mkdir()
+    with h5py.File(tmp_path / "index.h5", "w") as file:
+        file["key"] = ["b.jpg", "a.jpg"]
+        file["embeddings"] = np.array([[2.0], [1.0]], np.float16)
+    for embedded, names, want in (
+        (2, ["a.jpg", "b.jpg"], (0, 0)),
+        (2, ["a.jpg", "b.jpg", "c.jpg"], (1, 0)),
+        (3, ["a.jpg", "b.jpg"], (0, 1)),
+    ):
+        (tmp_path / "runs" / "1.json").write_text(json.dumps({"embedded": embedded}))
+        found = ladder.index_vectors(tmp_path, names)
+        assert (found.lost, found.twice) == want
+        assert found.emb_nd[:, 0].tolist() == [1.0, 2.0]
+
+
+def test_a_part_ends_at_its_limit_with_everything_it_started() -> None:
+    code = "import subprocess, sys; subprocess.run([sys.executable, '-c', 'import time; time.sleep(60)'])"
+    start_s = time.monotonic()
+    with pytest.raises(OutOfTime, match="limit of 2 s"):
+        run_measured([sys.executable, "-c", code], Limit(2))
+    assert time.monotonic() - start_s < 20
+    time.sleep(0.5)
+    left = [
+        p
+        for p in psutil.process_iter(["cmdline", "status"])
+        if "import time; time.sleep(60)" in (p.info["cmdline"] or [])
+    ]
+    assert not [p for p in left if p.info["status"] != psutil.STATUS_ZOMBIE]
+
+
+def test_a_measured_process_tells_time_memory_and_why_it_died() -> None:
+    done = run_measured(
+        [sys.executable, "-c", "b = bytearray(200 << 20); import time; time.sleep(1); print('{}')"], Limit(60)
+    )
+    assert done.result == {}
+    assert done.wall_s >= 1
+    assert 200 < done.peak_rss_mb < 400
+    with pytest.raises(ChildFailed, match="ValueError: no"):
+        run_measured([sys.executable, "-c", "raise ValueError('no')"], Limit(60))
+
+
+def test_energy_is_read_and_its_counters_may_begin_again(tmp_path: Path) -> None:
+    zone = tmp_path / "intel-rapl:0"
+    zone.mkdir()
+    (zone / "max_energy_range_uj").write_text("10000000")
+    readings = []
+    for microjoules in (9_000_000, 1_000_000):
+        (zone / "energy_uj").write_text(str(microjoules))
+        readings.append(read_energy(tmp_path))
+    assert joules_between(*readings) == pytest.approx(2.0)
+    assert "RAPL" in read_energy(tmp_path / "none").missing
+
+
+def test_copies_have_bytes_of_their_own_and_the_pixels_of_their_original(photos: Path, tmp_path: Path) -> None:
+    corpus = Corpus(sorted(photos.iterdir()), tmp_path, distinct=3)
+    few, more = (sorted(corpus.folder(count).iterdir()) for count in (4, 7))
+    assert [path.name for path in few] == [path.name for path in more[:4]]
+    assert len({path.read_bytes() for path in more}) == 7
+    pre = Preprocess(32, (0, 0, 0), (1, 1, 1))
+    assert (decode(more[0].read_bytes(), pre).image_hwc == decode(more[3].read_bytes(), pre).image_hwc).all()
+
+
+def test_the_dirty_corpus_is_what_it_says(photos: Path, tmp_path: Path) -> None:
+    good = dirty_copies(sorted(photos.iterdir()), tmp_path / "dirty", 60)
+    pre = Preprocess(32, (0, 0, 0), (1, 1, 1))
+    reasons = []
+    for path in sorted((tmp_path / "dirty").iterdir()):
+        try:
+            decode(path.read_bytes(), pre)
+            assert path.name in good
+        except BadImage as bad:
+            assert path.name not in good
+            reasons.append(bad.failure.reason)
+    assert reasons == ["truncated", "empty", "too_large"]
+    assert len({path.read_bytes() for path in (tmp_path / "dirty").iterdir()}) == 60
+
+
+def test_the_pipeline_with_nothing_in_its_lane_counts_every_image(tiny_model: Path, tmp_path: Path) -> None:
+    ran = run_module(
+        "pipeline.bench", "null", "--model", tiny_model, "--images", 300, 600, "--rounds", 1, "--out", tmp_path
+    )
+    assert ran.code == 0, ran.stderr
+    costs = json.loads((tmp_path / "null.json").read_text())["costs"]
+    assert [one["images"] for one in costs] == [300, 600]
+    assert all(0 < one["cpu_us"] < 20_000 for one in costs)
+    assert "cpu_us" in (tmp_path / "null.md").read_text()
+
+
+def test_text_towers_are_timed_by_batch(tiny_model: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(encoders, "TEXT_BATCHES", (1, 4))
+    monkeypatch.setattr(encoders, "_transformers", lambda *_: [{"runtime": "transformers", "texts encoded": 1.0}])
+    monkeypatch.setattr(encoders.encoded_per_s, "__defaults__", (0.05,))
+    *_, whole = encoders.text(str(tiny_model), Limit(60))
+    assert [one.get("batch") for one in whole["sequences"]] == [1, 4, None]
+    assert all(one["texts encoded"] > 0 for one in whole["sequences"])
+    assert whole["published sequences"]["uform"] == 6809
+
+
+def test_what_is_missing_on_the_command_line_is_said() -> None:
+    ran = run_module("pipeline.bench", "ladder", "--out", os.devnull)
+    assert ran.code == 2
+    assert "--pictures and --model" in ran.stderr
