@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import os
 from pathlib import Path
 
 import numpy as np
@@ -10,11 +9,9 @@ import pytest
 from runs import index, vectors_by_key
 
 from engines.build import main as make_engines
-from engines.spec import find_artifact
 from export.demo_captions import relevance, retrieval_scores
 from export.demo_pictures import held_out_gallery
-from pipeline.search import embed_texts, top_k
-from pipeline.store import Generation
+from pipeline.search import Index
 
 DEMO = Path(__file__).resolve().parents[1] / "export" / "demo"
 R1_MIN, P9_MIN = 0.80, 0.90
@@ -31,18 +28,15 @@ def test_held_out_pictures_and_combinations_are_found(tmp_path: Path) -> None:
     keys = [record.file for record in gallery.records]
     image_emb_nd = np.stack([np.frombuffer(by_key[key][1], np.float16) for key in keys]).astype(np.float32)
     shown = [record.attributes for record in gallery.records]
-    artifact = find_artifact(str(DEMO), Path(os.environ["NIGHTJAR_ARTIFACTS"]))
-    with Generation.open(tmp_path / "index") as generation:
+    with Index.open(tmp_path / "index") as opened:
         for name, queries in gallery.queries.items():
-            text_emb_qd = embed_texts(artifact, [query.text for query in queries])
+            text_emb_qd = np.stack([opened.embed(query.text) for query in queries])
             scores = retrieval_scores(image_emb_nd, text_emb_qd.astype(np.float32), relevance(queries, shown))
             assert scores["r1"] >= R1_MIN, (name, scores)
             assert scores["p9"] >= P9_MIN, (name, scores)
             for query_d in text_emb_qd[:20]:  # what a user gets is what was scored
                 best = np.sort(image_emb_nd @ query_d.astype(np.float32))[::-1][:9]
-                hits = top_k(generation, query_d, 9)
-                np.testing.assert_allclose([hit.score for hit in hits], best, atol=1e-3)
+                np.testing.assert_allclose(opened.search(query_d, 9).scores, best, atol=1e-3)
         shown_by_key = dict(zip(keys, shown, strict=True))
-        (question,) = embed_texts(artifact, ["a blue star"])  # what `make demo` asks
-        nine = [shown_by_key[hit.key] for hit in top_k(generation, question, 9)]
+        nine = [shown_by_key[key] for key in opened.search("a blue star").keys]  # what `make demo` asks
         assert [(picture.colour, picture.shape) for picture in nine] == [("blue", "star")] * 9

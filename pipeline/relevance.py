@@ -1,0 +1,62 @@
+"""How far an answer stands out from the rest of the index, for the very question that was asked: 0 to 1.
+
+A cosine means little by itself: texts reach .25 where pictures reach .8. So the question is also put to 4,096 rows of
+the index, drawn once with a fixed seed. Their scores have a middle (the median) and a width (down to the 16th
+percentile: below the middle there is hardly a right answer that could widen it; of a bell curve it is the standard
+deviation). An answer that stands z = (score - middle) / width above the middle has the relevance
+
+    1 / (1 + exp(-2 (z - 2.5)))          z = 0: .01   1.5: .12   2: .27   2.5: .50   3: .73   3.5: .88   4.5: .98
+
+It rises with the score, is the same in every run over one generation, and does not depend on filters or pages. With
+the demo model and questions such as "a red circle" the best nine have .75 on average, wrong pictures .04. It says that
+an answer stands out, not that the question makes sense: of nonsense, too, some rows of a million are far out.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from functools import cached_property
+
+import numpy as np
+import numpy.typing as npt
+
+from pipeline.store.scan import Query as Vector
+from pipeline.store.scan import Rows, Scan, Scores, score
+
+SAMPLE_ROWS = 4096
+LOWER = 0.1587  # of a bell curve lies below middle - width
+WIDTH_MIN = 1e-4  # cosines of float16 vectors are not known better
+EVEN_Z, STEEPNESS = 2.5, 2.0  # where relevance is one half, and how fast it rises there
+
+
+class Background:
+    """4,096 rows of an index, or all of a small one, read for the first question: 4 MB at d = 512."""
+
+    def __init__(self, scan: Scan) -> None:
+        self._scan = scan
+
+    @cached_property
+    def _sample_nd(self) -> npt.NDArray[np.float16]:
+        rows: Rows = np.arange(self._scan.rows)
+        if self._scan.rows > SAMPLE_ROWS:
+            rows = np.sort(np.random.default_rng(0).choice(self._scan.rows, SAMPLE_ROWS, replace=False))
+        return self._scan.gather(rows)
+
+    def spread(self, query_d: Vector) -> Spread:
+        """What this question scores with pictures at large."""
+        if not self._scan.rows:
+            return Spread(0.0, 1.0)
+        middle, low = np.quantile(score(self._sample_nd, query_d), [0.5, LOWER]).tolist()
+        return Spread(middle, max(middle - low, WIDTH_MIN))
+
+
+@dataclass(frozen=True)
+class Spread:
+    middle: float
+    width: float
+
+    def relevance(self, scores: Scores) -> Scores:
+        """(n,) 0 to 1 for (n,) cosines."""
+        z = (scores.astype(np.float64) - self.middle) / self.width
+        relevance: Scores = (0.5 + 0.5 * np.tanh(STEEPNESS / 2 * (z - EVEN_Z))).astype(np.float32)  # never overflows
+        return relevance

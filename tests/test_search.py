@@ -1,0 +1,304 @@
+"""Filters, facets, pages, groups and relevance say what brute force over the same rows says."""
+
+from __future__ import annotations
+
+import datetime
+import io
+import json
+from collections import Counter
+from collections.abc import Callable, Iterator
+from fnmatch import fnmatchcase
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+from pictures import write_folder
+from runs import index as run_index
+from store_model import run, vector_of
+
+from pipeline import columns
+from pipeline.search import Index, Query, QueryError, Term, Where, main
+from pipeline.store import generation
+
+ROWS = 400
+Metadata = dict[str, Any]
+TAXA = [
+    {"label": "Cardinalis cardinalis", "species": "Cardinalis cardinalis", "common_name": "Northern Cardinal",
+     "genus": "Cardinalis", "class": "Aves", "supercategory": "Birds"},
+    {"label": "Ardea cinerea", "species": "Ardea cinerea", "common_name": "Grey Heron", "genus": "Ardea",
+     "class": "Aves", "supercategory": "Birds"},
+    {"label": "Morus alba", "species": "Morus alba", "common_name": "White Mulberry", "genus": "Morus",
+     "class": "Magnoliopsida", "supercategory": "Plants"},
+    {"label": "Morus bassanus", "species": "Morus bassanus", "genus": "Morus", "class": "Aves",
+     "supercategory": "Birds"},
+    {},
+]  # fmt: skip
+
+
+def metadata_of(number: int) -> Metadata:
+    day = datetime.date(2018, 1, 1) + datetime.timedelta(days=5 * number)
+    values: Metadata = {
+        **TAXA[number * 7 % 5],
+        "license": ["CC BY", "CC0", "CC BY-NC"][number % 7 % 3],
+        "stars": number % 4,
+    }
+    if number % 9:
+        values["date"] = f"{day} 10:00:00+00:00"
+        values |= {"latitude": number % 180 - 90.0, "longitude": (number * 11) % 360 - 180.0}
+    return values
+
+
+PICTURES = {f"{'north' if number % 3 else 'south'}/{number:04d}_a%.jpg": b"picture %d" % (number - number % 40 // 38)
+            for number in range(ROWS)}  # fmt: skip
+METADATA = {key: metadata_of(number) for number, key in enumerate(PICTURES)}
+QUERY = vector_of(b"question")
+
+
+@pytest.fixture(scope="module")
+def opened(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Index]:
+    out = tmp_path_factory.mktemp("search") / "index"
+    run(out, PICTURES, metadata=METADATA)
+    with Index.open(out) as index:
+        yield index
+
+
+@pytest.fixture(params=["coded", "read again"])
+def index(request: pytest.FixtureRequest, opened: Index, monkeypatch: pytest.MonkeyPatch) -> Iterator[Index]:
+    """Small pieces, and once with columns that have too many values to be kept."""
+    monkeypatch.setattr(generation, "COLUMN_PIECE", 64)
+    if request.param == "read again":
+        monkeypatch.setattr(columns, "CODES_MAX", 1)
+    with Index.open(Path(opened.generation._table.filename).parents[2]) as fresh:
+        yield fresh
+
+
+def in_box(values: Metadata, south: float, west: float, north: float, east: float) -> bool:
+    if "latitude" not in values or not south <= values["latitude"] <= north:
+        return False
+    longitude = values["longitude"]
+    return bool(west <= longitude <= east if west <= east else longitude >= west or longitude <= east)
+
+
+@pytest.mark.parametrize(
+    ("where", "passes"),
+    [
+        (Where(), lambda key, _: True),
+        (Where(label="morus ALBA"), lambda _, values: values.get("label") == "Morus alba"),
+        (Where(taxon="aves"), lambda _, values: values.get("class") == "Aves"),
+        (Where(taxon="northern  cardinal"), lambda _, values: values.get("genus") == "Cardinalis"),
+        (Where(taxon="Morus"), lambda _, values: values.get("genus") == "Morus"),
+        (Where(taxon="birds"), lambda _, values: values.get("supercategory") == "Birds"),
+        (Where(licence="cc by"), lambda _, values: values["license"] == "CC BY"),
+        (Where(values=(("stars", "3"),)), lambda _, values: values["stars"] == 3),
+        (Where(values=(("class", "Aves"), ("license", "CC0"))),
+         lambda _, values: values.get("class") == "Aves" and values["license"] == "CC0"),
+        (Where(date=("2019", "2020-06")), lambda _, values: "2019" <= values.get("date", "") < "2020-07"),
+        (Where(date=("2019-03-07", "2019-03-07")), lambda _, values: values.get("date", "").startswith("2019-03-07")),
+        (Where(date=(None, "2018")), lambda _, values: "" < values.get("date", "") < "2019"),
+        (Where(box=(0, -20, 45.0, 100)), lambda _, values: in_box(values, 0, -20, 45, 100)),
+        (Where(box=(-90, 170, 90, -170)), lambda _, values: in_box(values, -90, 170, 90, -170)),
+        (Where(key="north/*1?_a%.jpg"), lambda key, _: fnmatchcase(key, "north/*1?_a%.jpg")),
+        (Where(key="*/0001_a%.jpg"), lambda key, _: key.endswith("/0001_a%.jpg")),
+        (Where(taxon="Aves", licence="CC0", date=("2019", None), key="south*"),
+         lambda key, values: values.get("class") == "Aves" and values["license"] == "CC0"
+         and values.get("date", "") >= "2019" and key.startswith("south")),
+    ],
+)  # fmt: skip
+def test_every_row_that_passes_answers_and_no_other(
+    where: Where, passes: Callable[[str, Metadata], bool], index: Index
+) -> None:
+    want = {key for key, values in METADATA.items() if passes(key, values)}
+    assert want, "a filter that nothing passes tests nothing"
+    found = index.search(QUERY, ROWS, where=where)
+    assert found.total == len(want)
+    assert set(found.keys) == want
+    assert (np.diff(found.scores) <= 0).all()
+    exact = [float(vector_of(PICTURES[key]).astype(np.float32) @ QUERY.astype(np.float32)) for key in found.keys]
+    np.testing.assert_allclose(found.scores, exact, atol=1e-3)
+    pages = [index.search(QUERY, 7, offset=offset, where=where).rows for offset in range(0, len(want), 7)]
+    np.testing.assert_array_equal(np.concatenate(pages), found.rows)
+    np.testing.assert_array_equal(index.search(QUERY, 7, where=where).rows, pages[0], "also when asked again")
+
+
+def test_only_two_signs_of_a_key_pattern_are_special(opened: Index) -> None:
+    for pattern in ("*/00_1*", "%", "north", "[n]*", "NORTH*"):
+        assert opened.search(QUERY, where=Where(key=pattern)).total == 0, pattern
+
+
+def test_what_is_described_belongs_to_its_row(index: Index) -> None:
+    found = index.search(QUERY, 30, where=Where(taxon="Aves"))
+    for hit, score, relevance in zip(found.hits, found.scores, found.relevance, strict=True):
+        assert hit.metadata == METADATA[hit.key]
+        assert (hit.score, hit.relevance) == (score, relevance)
+        assert hit.source.root == "/photos"
+
+
+@pytest.mark.parametrize(
+    ("where", "words"),
+    [
+        (Where(taxon="northern cardnal"), "Northern Cardinal"),
+        (Where(label="Ardea"), "Ardea cinerea"),
+        (Where(licence="WTFPL 2.0 or so"), "there are e.g. CC BY"),
+        (Where(values=(("colour", "red"),)), "no metadata column 'colour'; it has: class, common_name"),
+        (Where(values=(("stars", "many"),)), "'many' is none"),
+    ],
+)
+def test_a_name_that_nothing_has_gets_the_nearest_ones(where: Where, words: str, opened: Index) -> None:
+    with pytest.raises(QueryError, match=words):
+        opened.search(QUERY, where=where)
+
+
+def test_an_index_without_the_column_says_so(tmp_path: Path) -> None:
+    run(tmp_path / "index", {"a.jpg": b"a", "b.jpg": b"b"})
+    with Index.open(tmp_path / "index") as index:
+        assert index.facet_columns == []
+        for where in (Where(label="x"), Where(taxon="x"), Where(licence="x"), Where(date=("2019", None)),
+                      Where(box=(0, 0, 1, 1))):  # fmt: skip
+            with pytest.raises(QueryError, match=r"no metadata column .* it has: none"):
+                index.search(QUERY, where=where)
+
+
+def test_facets_count_what_passes(opened: Index) -> None:
+    where = Where(date=("2019", "2020"), key="north*")
+    passing = [values for key, values in METADATA.items()
+               if key.startswith("north") and "2019" <= values.get("date", "") < "2021"]  # fmt: skip
+    facets = opened.facets(where)
+    assert list(facets) == opened.facet_columns
+    assert set(facets) == {"class", "common_name", "genus", "label", "license", "species", "supercategory"}
+    for name, counts in facets.items():
+        assert dict(counts) == Counter(values[name] for values in passing if name in values)
+        assert [count for _, count in counts] == sorted((count for _, count in counts), reverse=True)
+    everything = Counter(values["license"] for values in METADATA.values())
+    assert dict(opened.facets(fields=["license"])["license"]) == everything
+    assert opened.facet_fields == ["label", "taxon", "licence"]
+    by_filter = opened.facets(where, ["taxon", "licence"])
+    assert by_filter == {"taxon": facets["supercategory"], "licence": facets["license"]}
+    with pytest.raises(QueryError, match="holds numbers"):
+        opened.facets(fields=["stars"])
+
+
+def test_facets_of_a_column_with_too_many_values_are_refused(opened: Index, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(columns, "CODES_MAX", 10)
+    with Index.open(Path(opened.generation._table.filename).parents[2]) as fresh:
+        with pytest.raises(QueryError, match="too many values"):
+            fresh.facets(fields=["date"])
+
+
+def test_rows_and_keys_add_up(opened: Index) -> None:
+    keys = list(PICTURES)[100:103]
+    a, b, c = (vector_of(PICTURES[key]).astype(np.float32) for key in keys)
+    want = a - 0.5 * b + c
+    want /= np.linalg.norm(want)
+    found = opened.search(f'key:"{keys[0]}" - 0.5 * key:"{keys[1]}" + key:"{keys[2]}"', 5)
+    vectors = opened.vectors(np.arange(ROWS)).astype(np.float32)
+    np.testing.assert_allclose(found.scores, np.sort(vectors @ want)[::-1][:5], atol=2e-3)
+    rows = [opened.search(f'key:"{key}"', 1).rows[0] for key in keys]
+    assert opened.generation.keys(np.array(rows)) == keys
+    terms = tuple(Term(row=int(row), weight=weight) for row, weight in zip(rows, (1, -0.5, 1), strict=True))
+    np.testing.assert_array_equal(opened.search(Query(terms), 5).rows, found.rows)
+    for query, words in (('key:"nowhere.jpg"', "no picture has the key"), (Query((Term(row=ROWS),)), "400 rows")):
+        with pytest.raises(QueryError, match=words):
+            opened.search(query)
+
+
+def test_a_query_of_a_stranger_opens_no_file(opened: Index) -> None:
+    with pytest.raises(QueryError, match="files cannot be named"):
+        opened.search('file:"/etc/hostname"')
+
+
+def test_near_duplicates_are_one_answer_and_pages_do_not_overlap(opened: Index) -> None:
+    pages = [opened.search(QUERY, 50, offset=offset, group=True) for offset in range(0, ROWS, 50)]
+    groups = [group.tolist() for page in pages for group in page.groups or []]
+    assert sorted(row for group in groups for row in group) == list(range(ROWS)), "every row once"
+    keys = [opened.generation.keys(np.array(group)) for group in groups]
+    assert sum(len(group) > 1 for group in groups) == len(PICTURES) - len(set(PICTURES.values()))
+    for group in keys:
+        assert len({PICTURES[key] for key in group}) == 1
+    np.testing.assert_array_equal([row for page in pages for row in page.rows], [group[0] for group in groups])
+
+
+def test_variety_pages_do_not_overlap_and_begin_with_the_best(opened: Index) -> None:
+    whole = opened.search(QUERY, ROWS, mmr=0.5)
+    assert whole.rows[0] == opened.search(QUERY, 1).rows[0]
+    assert sorted(whole.rows.tolist()) == list(range(ROWS))
+    pages = [opened.search(QUERY, 90, offset=offset, mmr=0.5).rows for offset in range(0, ROWS, 90)]
+    np.testing.assert_array_equal(np.concatenate(pages), whole.rows)
+    np.testing.assert_array_equal(opened.search(QUERY, 40, mmr=1.0).rows, opened.search(QUERY, 40).rows)
+
+    def likeness(rows: Any) -> float:
+        vectors = opened.vectors(rows).astype(np.float32)
+        return float((vectors @ vectors.T).mean())
+
+    assert likeness(opened.search(QUERY, 20, mmr=0.2).rows) < likeness(opened.search(QUERY, 20).rows) - 0.1
+
+
+def test_relevance_is_the_same_in_every_run_and_does_not_hang_on_filters(opened: Index) -> None:
+    found = opened.search(QUERY, ROWS)
+    assert found.relevance[0] > 0.3 > 0.05 > float(np.median(found.relevance))
+    assert (np.diff(found.relevance) <= 0).all()
+    with Index.open(Path(opened.generation._table.filename).parents[2]) as again:
+        np.testing.assert_array_equal(again.search(QUERY, ROWS).relevance, found.relevance)
+    some = opened.search(QUERY, 5, where=Where(taxon="Morus"))
+    at = np.searchsorted(-found.scores, -some.scores)
+    np.testing.assert_array_equal(found.relevance[at], some.relevance)
+
+
+def test_a_threshold_cuts_and_wrong_numbers_are_refused(opened: Index) -> None:
+    scores = opened.search(QUERY, ROWS).scores
+    cut = opened.search(QUERY, ROWS, threshold=float(scores[10]))
+    assert len(cut) == int((scores >= scores[10]).sum())
+    assert len(opened.search(QUERY, threshold=2.0)) == 0
+    assert opened.search(QUERY, threshold=2.0, mmr=0.5, group=True).groups == []
+    for wrong in ({"k": 0}, {"offset": -1}, {"mmr": 1.5}):
+        with pytest.raises(ValueError, match=r"expected"):
+            opened.search(QUERY, **wrong)
+
+
+def answer(capsys: pytest.CaptureFixture[str], *words: object) -> dict[str, Any]:
+    assert main([str(word) for word in words]) == 0, capsys.readouterr().err
+    found: dict[str, Any] = json.loads(capsys.readouterr().out)
+    return found
+
+
+def test_the_command_asks_what_the_api_asks(
+    tiny_model: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    paths = write_folder(tmp_path / "photos", 30)
+    out = ("--out", tmp_path / "index", "--json")
+    assert run_index(tmp_path / "photos", tmp_path / "index", "--model", tiny_model).code == 0
+    with Index.open(tmp_path / "index") as index:
+        bird, beast = (index.embed(index.parse("bird", [template])) for template in ("a {}", "{} in flight"))
+        ensemble = bird.astype(np.float32) + beast
+        want = index.search((ensemble / np.linalg.norm(ensemble)).astype(np.float16), 3)
+        got = answer(capsys, "bird", "--template", "a {}", "--template", "{} in flight", "-k", 3, *out)
+        assert [hit["row"] for hit in got["hits"]] == want.rows.tolist()
+        np.testing.assert_allclose([hit["score"] for hit in got["hits"]], want.scores, atol=2e-3)
+        minus = index.search(index.parse('"a bird" - 0.5 * "a cat"'), 5, offset=5, where=Where(label="odd"))
+        got = answer(capsys, '"a bird" - 0.5 * "a cat"', "-k", 5, "--offset", 5, "--label", "odd", *out)
+        assert [hit["key"] for hit in got["hits"]] == minus.keys
+        assert got["total"] == minus.total == 15
+        assert [hit["relevance"] for hit in got["hits"]] == minus.relevance.tolist()
+    monkeypatch.setattr("sys.stdin", io.TextIOWrapper(io.BytesIO(paths[3].read_bytes())))
+    stdin = answer(capsys, "--image", "-", "-k", 4, *out)
+    assert stdin == {**answer(capsys, "--image", paths[3], "-k", 4, *out), "query": "-"}
+    assert stdin["hits"] == answer(capsys, "--like", "odd/00003.jpg", "-k", 4, *out)["hits"]
+    with Index.open(tmp_path / "index") as index:
+        terms = (Term(text="a cat"), Term(picture=paths[3].read_bytes()), Term(key="even/00004.jpg"))
+        all_count = index.search(Query(terms), 4).hits
+    got = answer(capsys, "a cat", "--image", paths[3], "--like", "even/00004.jpg", "-k", 4, *out)
+    assert [hit["key"] for hit in got["hits"]] == [hit.key for hit in all_count]
+    np.testing.assert_allclose([hit["score"] for hit in got["hits"]], [hit.score for hit in all_count], atol=1e-4)
+    assert main(["a bird", "--out", str(tmp_path / "index"), "--group"]) == 0
+    shown = capsys.readouterr().out
+    assert "relevance" in shown
+    assert "%" in shown
+    for words, reason in (
+        (["--taxon", "x"], "no metadata column"), (["--date", "soon"], "write 2019"), (["--box", "1,2"], "south,west"),
+        (["--label", "od"], "near it: odd"), (["--where", "label"], "COLUMN=VALUE"), (["--mmr", "2"], "--mmr is 2"),
+        (["--offset", "-1"], "--offset is -1"), (["--template", "photo"], "has no {}"),
+    ):  # fmt: skip
+        assert main(["a bird", "--out", str(tmp_path / "index"), *words]) == 2
+        error = capsys.readouterr().err
+        assert reason in error
+        assert error.count("\n") == 1
