@@ -11,7 +11,7 @@ import numpy.typing as npt
 from pipeline.store.scan import Scores
 
 POOL = 1_000
-NEAR_DUPLICATE_COSINE = 0.97  # a re-encoded, resized or slightly cropped copy; other pictures of one thing are below
+NEAR_DUPLICATE_COSINE = 0.99  # a re-encoded or resized copy, as the report of a night counts them
 
 
 def near_duplicates(emb_nd: npt.NDArray[np.float16]) -> list[list[int]]:
@@ -19,17 +19,17 @@ def near_duplicates(emb_nd: npt.NDArray[np.float16]) -> list[list[int]]:
 
     The best of a group comes first; every other one has at least `NEAR_DUPLICATE_COSINE` with that head.
     """
-    wide = emb_nd.astype(np.float32)
-    heads = np.empty_like(wide)
-    groups: list[list[int]] = []
-    for position, vector in enumerate(wide):
-        cosines = heads[: len(groups)] @ vector
-        if len(groups) and cosines.max() >= NEAR_DUPLICATE_COSINE:
-            groups[int(cosines.argmax())].append(position)
+    cosines_nn = _cosines(emb_nd)
+    groups: dict[int, list[int]] = {}  # by their heads
+    is_head = np.zeros(len(emb_nd), np.bool_)
+    for position, cosines in enumerate(cosines_nn):
+        near = np.flatnonzero(is_head & (cosines >= NEAR_DUPLICATE_COSINE))
+        if len(near):
+            groups[int(near[cosines[near].argmax()])].append(position)
         else:
-            heads[len(groups)] = vector
-            groups.append([position])
-    return groups
+            is_head[position] = True
+            groups[position] = [position]
+    return list(groups.values())
 
 
 def marginal_relevance(emb_nd: npt.NDArray[np.float16], scores: Scores, weight: float, count: int) -> list[int]:
@@ -41,17 +41,22 @@ def marginal_relevance(emb_nd: npt.NDArray[np.float16], scores: Scores, weight: 
     """
     if not len(scores):
         return []
-    wide = emb_nd.astype(np.float32)
+    cosines_nn = _cosines(emb_nd)
     value = weight * _stretched(scores, float(scores.min()), float(scores.max()))
-    lowest = float((wide @ wide.T).min())
-    nearest = np.zeros(len(wide), np.float32)
+    likeness_nn = _stretched(cosines_nn, float(cosines_nn.min()), 1.0)
+    nearest = np.zeros(len(scores), np.float32)
     chosen: list[int] = []
-    for _ in range(min(count, len(wide))):
+    for _ in range(min(count, len(scores))):
         gain = value - (1 - weight) * nearest
         gain[chosen] = -np.inf
         chosen.append(int(gain.argmax()))  # of equals the first, which is the better one
-        nearest = np.maximum(nearest, _stretched(wide @ wide[chosen[-1]], lowest, 1.0))
+        nearest = np.maximum(nearest, likeness_nn[chosen[-1]])
     return chosen
+
+
+def _cosines(emb_nd: npt.NDArray[np.float16]) -> Scores:
+    wide = emb_nd.astype(np.float32)
+    return wide @ wide.T
 
 
 def _stretched(values: Scores, low: float, high: float) -> Scores:

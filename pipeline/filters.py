@@ -18,7 +18,7 @@ import numpy as np
 import numpy.typing as npt
 
 from pipeline.columns import Columns, Mask, fold
-from pipeline.query import QueryError
+from pipeline.query import QueryError, UnknownName
 from pipeline.store import Generation
 from pipeline.where import EVERYTHING, Where, day_numbers
 
@@ -42,7 +42,7 @@ class Filters:
         """(rows,) which rows pass; None: all of them, because nothing is asked.
 
         Raises:
-            QueryError: a column that is not there, or a name that no row has, with the nearest ones.
+            QueryError: a column that is not there. UnknownName: a name that no row has, with the nearest ones.
         """
         if where == EVERYTHING:
             return None
@@ -119,7 +119,7 @@ class Filters:
         allowed: Mask = np.logical_or.reduce([self.columns.equal(column, name) for column in columns])
         if allowed.any() or not len(allowed):
             return allowed
-        raise QueryError(f"no picture has the {field} {name!r}; {self._nearest(name, columns)}")
+        raise UnknownName(f"no picture has the {field} {name!r}; {self._nearest(name, columns)}")
 
     def _nearest(self, name: str, columns: Sequence[str]) -> str:
         counts: Counter[str] = Counter()

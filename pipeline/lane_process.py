@@ -16,6 +16,7 @@ import logging
 import os
 import queue
 import signal
+import sys
 import threading
 import time
 from collections import Counter, deque
@@ -35,6 +36,7 @@ from pipeline.lanes import (
     READ_THREADS,
     TICK_S,
     Board,
+    Broken,
     Chunk,
     Claim,
     Done,
@@ -77,6 +79,10 @@ def lane_main(spec: LaneSpec, conn: Connection, board: Board) -> None:
         signal.signal(number, signal.SIG_IGN)
     try:
         log_file = spec.log_path.open("w")
+    except OSError as error:
+        conn.send(Broken(f"{spec.name} cannot write its log: {error}; what is done is committed"))
+        return
+    try:
         os.dup2(log_file.fileno(), 2)  # libtiff and its like print there, in the middle of a progress bar
         faulthandler.enable(log_file)
         logging.captureWarnings(True)
@@ -91,6 +97,7 @@ class LaneProcess:
     def __init__(self, spec: LaneSpec, conn: Connection, board: Board) -> None:
         self.spec, self.conn, self.board = spec, conn, board
         self.send_lock = threading.Lock()
+        self._watch_for_lost_threads()
         self.engine = open_lane_engine(spec)
         assert self.engine.slots <= ENGINE_SLOTS_MAX
         self.stages = open_stages(spec, board, self.engine)
@@ -283,6 +290,19 @@ class LaneProcess:
         except BaseException as error:  # noqa: BLE001
             self._send(last_words(self.spec, error))
             os._exit(1)
+
+    def _watch_for_lost_threads(self) -> None:
+        """A thread without memory for its first step is told of as unraisable alone, and who started it waits for ever.
+        There is no memory for a hook in Python either: a queue, which is C, wakes a thread that runs already."""
+        lost: queue.SimpleQueue[sys.UnraisableHookArgs] = queue.SimpleQueue()
+
+        def watch() -> None:
+            while not issubclass((told := lost.get()).exc_type, MemoryError):
+                sys.__unraisablehook__(told)
+            raise told.exc_value or MemoryError()
+
+        threading.Thread(target=self._guarded, args=(watch,), daemon=True).start()
+        sys.unraisablehook = lost.put
 
 
 def _batch(rows: list[tuple[int, bytes]]) -> Batch:

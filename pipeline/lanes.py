@@ -188,6 +188,7 @@ class Lane:
     rows_per_s: float = 0.0  # by its last ticks, half by the very last; 0 until known
     alone: bool = False  # it holds one suspect row and gets nothing else until that is decided
     hung: Literal["", "decode", "read"] = ""  # killed because this took longer than it may
+    killed: bool = False  # by somebody else; mostly the kernel, for want of memory
 
     @classmethod
     def start(cls, spec: LaneSpec) -> Lane:

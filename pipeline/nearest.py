@@ -20,6 +20,7 @@ from collections.abc import Sequence
 from functools import cached_property
 from pathlib import Path
 from types import TracebackType
+from typing import TYPE_CHECKING
 
 import numpy as np
 import numpy.typing as npt
@@ -29,7 +30,6 @@ from pipeline.answer import Found
 from pipeline.config import UsageError
 from pipeline.diverse import POOL, marginal_relevance, near_duplicates
 from pipeline.embedders import PictureEmbedder, TextEmbedder
-from pipeline.filters import Filters
 from pipeline.query import WORD_FOR_WORD, Query, QueryError, Term, combine, parse_query
 from pipeline.relevance import Background
 from pipeline.store import Generation, StoreDamaged
@@ -37,6 +37,9 @@ from pipeline.store.graphs import Graphs
 from pipeline.store.scan import Query as Vector
 from pipeline.store.scan import Rows, Scan, Scores, check_query
 from pipeline.where import EVERYTHING, Where
+
+if TYPE_CHECKING:
+    from pipeline.filters import Filters
 
 DIGEST_CHECK_BYTES = 1 << 30  # a first read of 1 GB takes 0.3 s from the page cache; above, sizes alone are checked
 ANN_K_MAX = 200  # nearest pictures asked for; more cost a graph as much as exact search
@@ -127,15 +130,16 @@ class Index:
 
         Raises:
             ValueError: a vector or mask of another shape, k < 1, offset < 0, or mmr outside 0..1.
-            QueryError (a ValueError): a query or filter that this index cannot answer. BadImage: a picture that does
-                not decode. ArtifactMissing, UsageError, EngineUnavailable: nothing here can embed a text or a picture.
+            QueryError (a ValueError): a query or filter that this index cannot answer; UnknownName, one of them: a
+                filter by a name that no row has. BadImage: a picture that does not decode. ArtifactMissing, UsageError,
+                EngineUnavailable: nothing here can embed a text or a picture.
         """
         if k < 1 or offset < 0:
             raise ValueError(f"k is {k} and offset {offset}; expected at least 1 and at least 0")
         if mmr is not None and not 0 <= mmr <= 1:
             raise ValueError(f"mmr is {mmr}; expected 0 (variety alone) to 1 (the plain order)")
         query_d = self.embed(query)
-        passing = self._filters.mask(where)
+        passing = self.passing(where)
         if passing is not None:
             allowed = passing if allowed is None else passing & allowed
         total = self.generation.rows if allowed is None else int(np.count_nonzero(allowed))
@@ -157,6 +161,10 @@ class Index:
             rows[best], scores[best], looked_at_all, self.generation, total, query_d, self._background,
             [rows[positions] for positions in page] if group else None,
         )  # fmt: skip
+
+    def passing(self, where: Where) -> npt.NDArray[np.bool_] | None:
+        """(rows,) which rows of the index pass; None: all of them, because nothing is asked."""
+        return None if where == EVERYTHING else self._filters.mask(where)
 
     def facets(
         self, where: Where = EVERYTHING, fields: Sequence[str] | None = None
@@ -240,6 +248,8 @@ class Index:
 
     @cached_property
     def _filters(self) -> Filters:
+        from pipeline.filters import Filters  # 0.2 s for pyarrow, for those alone who filter
+
         return Filters(self.generation)
 
     @cached_property

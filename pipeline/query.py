@@ -38,6 +38,10 @@ class QueryError(ValueError):
     """This cannot be asked of this index: one line with what was given, what was expected and what to write."""
 
 
+class UnknownName(QueryError):
+    """No row has this name; the line names the nearest ones there are."""
+
+
 @dataclass(frozen=True)
 class Term:
     """One thing to look for, exactly one of these; `weight` below zero turns away from it.

@@ -9,6 +9,7 @@ finish its work. Each lane holds two chunks, so that it never waits for the coor
 from __future__ import annotations
 
 import logging
+import signal
 import sys
 import time
 from collections import Counter, defaultdict, deque
@@ -244,6 +245,7 @@ class Sharing:
         """A lane died: settle its rows and start another in its place."""
         name, log_path, in_hand = lane.spec.name, lane.spec.log_path, lane.board.in_hand()
         lane.kill()
+        lane.killed = not lost.words and not lane.hung and lane.process.exitcode == -signal.SIGKILL
         rows = self._rows_of(lane)
         self.lanes.remove(lane)
         if lost.full_at:
@@ -259,7 +261,12 @@ class Sharing:
             self.deaths[name] += 1
         log.warning(
             "%s died (exit code %s%s); %d unfinished rows are retried, %d of them alone; its last words: %s",
-            name, lane.process.exitcode, lost.words and f": {lost.words}", len(rows), len(suspects), log_path,
+            name,
+            lane.process.exitcode,
+            lost.words and f": {lost.words}",
+            len(rows),
+            len(suspects),
+            log_path,
         )
         if self.deaths[name] >= LANE_DEATHS_MAX:
             why = f"with no picture in hand: out of memory, or a fault of the engine; see the system log and {log_path}"
@@ -280,7 +287,10 @@ class Sharing:
             batch = lost.full_at // 2
             log.warning(
                 "%s: GPU memory is full with batches of %d (%s); it goes on with %d",
-                lane.spec.name, lost.full_at, lost.words, batch,
+                lane.spec.name,
+                lost.full_at,
+                lost.words,
+                batch,
             )
             self.lanes.append(Lane.start(replace(lane.spec, batch=batch)))
 
@@ -309,10 +319,14 @@ class Sharing:
         if accused := self.accused.pop(lane.spec.name, None):
             row, dead = accused
             reading = dead.board.reading()
-            if reading and not dead.hung:
+            if reading and not dead.hung and not dead.killed:
                 self.crashed_reads[_container(row)] += 1
-            reason: Reason = "read_error" if dead.hung == "read" else "timeout" if dead.hung else "decoder_crash"
+            reason: Reason = "timeout" if dead.hung else "decoder_crash"
             words = f"took its {'reader' if reading else 'decoder'} process down twice, the second time alone"
+            if dead.hung == "read" or dead.killed:  # the host is to blame: it is tried again in the next run
+                reason = "read_error"
+            if dead.killed:
+                words += "; no crash, it was killed, mostly for want of memory: see the system log"
             self._condemn([row], reason, f"{words} (exit code {dead.process.exitcode})")
 
     def _condemn(self, rows: Sequence[PendingItem], reason: Reason, words: str) -> None:

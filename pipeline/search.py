@@ -22,13 +22,13 @@ from pipeline.config import UsageError
 from pipeline.contact_sheet import Cell, contact_sheet
 from pipeline.exits import DONE, FAILED, USAGE
 from pipeline.nearest import Index
-from pipeline.query import Query, QueryError, Term
+from pipeline.query import Query, QueryError, Term, UnknownName
 from pipeline.search_config import SearchConfig, parse_search
 from pipeline.sources import SourceError, open_source
 from pipeline.store import Generation, NoIndex, StoreError
 from pipeline.where import Where
 
-__all__ = ["Found", "Hit", "Index", "Query", "QueryError", "Term", "Where", "main", "search"]
+__all__ = ["Found", "Hit", "Index", "Query", "QueryError", "Term", "UnknownName", "Where", "main", "search"]
 
 
 def search(cfg: SearchConfig) -> Found:

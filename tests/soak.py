@@ -45,6 +45,7 @@ FAULTS: dict[str, dict[str, object]] = {
 DATA = Path(__file__).resolve().parents[2] / "shared" / "data"  # real pictures to mutate, where they are
 FUZZ_PART_S = 30.0  # a new process and a new seed after that
 CYCLES_PART = 100
+PICTURES = 300  # of which every night shows some for the first time
 SAY_EVERY = 50
 Found: TypeAlias = dict[str, object]
 
@@ -149,7 +150,7 @@ def in_world(work: Callable[[World, Resident, random.Random], Found], folder: Pa
     """In a process of the pool: an index and a resident of its own."""
     folder.mkdir()  # no space in its name: LD_PRELOAD takes several
     with Resident(build_shim(folder)) as resident:
-        found = work(World.make(folder, model, resident), resident, random.Random(seed))
+        found = work(World.make(folder, model, resident, PICTURES), resident, random.Random(seed))
     shutil.rmtree(folder)
     return found
 

@@ -37,6 +37,9 @@ def test_held_out_pictures_and_combinations_are_found(tmp_path: Path) -> None:
             for query_d in text_emb_qd[:20]:  # what a user gets is what was scored
                 best = np.sort(image_emb_nd @ query_d.astype(np.float32))[::-1][:9]
                 np.testing.assert_allclose(opened.search(query_d, 9).scores, best, atol=1e-3)
+            found = opened.search(queries[0].text, len(keys))
+            right = relevance(queries[:1], [shown[keys.index(key)] for key in found.keys])[0].astype(bool)
+            assert found.relevance[right][:9].mean() > 0.7 > 0.1 > found.relevance[~right].mean(), queries[0].text
         shown_by_key = dict(zip(keys, shown, strict=True))
         nine = [shown_by_key[key] for key in opened.search("a blue star").keys]  # what `make demo` asks
         assert [(picture.colour, picture.shape) for picture in nine] == [("blue", "star")] * 9

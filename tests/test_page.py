@@ -574,7 +574,7 @@ def test_a_picture_that_has_gone_leaves_its_place_and_words(visit: Open) -> None
 def test_a_new_generation_while_one_looks(visit: Open, site: Site, drawn: Path) -> None:
     """The pages of one answer are of one generation: said unobtrusively, and one click shows the new one."""
     visitor = visit()
-    visitor.open("?q=a+shape")
+    visitor.open("?q=a+red+circle")
     visitor.wait_until_calm()
     before = len(visitor.labels)
     home = drawn.parent / "more"

@@ -17,7 +17,7 @@ from pictures import write_folder
 from runs import index as run_index
 from store_model import run, vector_of
 
-from pipeline import columns
+from pipeline import columns, relevance
 from pipeline.search import Index, Query, QueryError, Term, Where, main
 from pipeline.store import generation
 
@@ -128,9 +128,9 @@ def test_only_two_signs_of_a_key_pattern_are_special(opened: Index) -> None:
 
 def test_what_is_described_belongs_to_its_row(index: Index) -> None:
     found = index.search(QUERY, 30, where=Where(taxon="Aves"))
-    for hit, score, relevance in zip(found.hits, found.scores, found.relevance, strict=True):
+    for hit, score, stands_out in zip(found.hits, found.scores, found.relevance, strict=True):
         assert hit.metadata == METADATA[hit.key]
-        assert (hit.score, hit.relevance) == (score, relevance)
+        assert (hit.score, hit.relevance) == (score, stands_out)
         assert hit.source.root == "/photos"
 
 
@@ -233,9 +233,19 @@ def test_variety_pages_do_not_overlap_and_begin_with_the_best(opened: Index) -> 
     assert likeness(opened.search(QUERY, 20, mmr=0.2).rows) < likeness(opened.search(QUERY, 20).rows) - 0.1
 
 
-def test_relevance_is_the_same_in_every_run_and_does_not_hang_on_filters(opened: Index) -> None:
+def test_relevance_is_the_same_in_every_run_and_does_not_hang_on_filters(
+    opened: Index, monkeypatch: pytest.MonkeyPatch
+) -> None:
     found = opened.search(QUERY, ROWS)
     assert found.relevance[0] > 0.3 > 0.05 > float(np.median(found.relevance))
+    monkeypatch.setattr(relevance, "SAMPLE_ROWS", 60)  # of 400
+    drawn = []
+    for _ in range(2):
+        with Index.open(Path(opened.generation._table.filename).parents[2]) as again:
+            drawn.append(again.search(QUERY, ROWS).relevance)
+    np.testing.assert_array_equal(drawn[0], drawn[1])
+    assert 0 < float(np.abs(drawn[0] - found.relevance).max()) < 0.3, "a sample, and a fair one"
+    monkeypatch.undo()
     assert (np.diff(found.relevance) <= 0).all()
     with Index.open(Path(opened.generation._table.filename).parents[2]) as again:
         np.testing.assert_array_equal(again.search(QUERY, ROWS).relevance, found.relevance)

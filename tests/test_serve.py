@@ -82,6 +82,9 @@ def test_filters_and_weights_are_those_of_the_index(service: Service, opened: In
     np.testing.assert_allclose([hit["relevance"] for hit in page["hits"]], found.relevance, atol=0.05)
     assert page["total"] == found.total == 4
     assert page["facets"] == {"label": [["odd", 4]]}
+    nothing = service.http.get("/api/search", params={"q": "a bird", "label": "evn"}).json()
+    assert (nothing["total"], nothing["hits"]) == (0, [])
+    assert "near it: even" in nothing["note"]
     assert service.http.get("/api/about").json()["facets"] == opened.facet_fields == ["label"]
 
 
@@ -116,9 +119,10 @@ def test_what_is_no_whole_picture_is_refused_in_words(service: Service, encoded:
 @pytest.mark.parametrize(
     "path", ["/api/search", "/api/search?q=a&k=0", "/api/search?q=a&k=9999", "/api/search?q=a&offset=-1",
              "/api/search?q=a&colour=red", "/api/search?q=a&q=b", "/api/search?q=a&threshold=nan", "/thumb/1?size=9",
-             "/api/search?q=a&label=evn", "/api/search?q=a&date_from=soon", "/api/search?q=a&box=1,2", "/api/search?q=a&mmr=2",
-             "/api/search?q=a&taxon=Aves", "/api/search?q=a&facets=colour", '/api/search?q="a" b', '/api/search?q="a" - "a"',
-             '/api/search?q=file:"/etc/passwd"', '/api/search?q="a"' + ' - "b"' * 16],
+             "/api/search?q=a&date_from=soon", "/api/search?q=a&box=1,2",
+             "/api/search?q=a&mmr=2", "/api/search?q=a&taxon=Aves", "/api/search?q=a&facets=colour",
+             '/api/search?q="a" b', '/api/search?q="a" - "a"', '/api/search?q=file:"/etc/passwd"',
+             '/api/search?q="a"' + ' - "b"' * 16],
 )  # fmt: skip
 def test_a_question_that_is_misspelt_is_not_answered_otherwise(service: Service, path: str) -> None:
     reply = service.http.get(path)

@@ -10,6 +10,7 @@
     race      end to end, five interleaved rounds against fastembed and Hugging Face
     memory    peak RSS of lane and coordinator by number of pictures
     store     rows/s into shards alone, and with the manifest
+    size      bytes, milliseconds and recall of smaller vectors: one byte, one bit, fewer dimensions; with re-rank
 
 Machines are noisy: only ratios within one run mean anything. Every part ends by itself at --limit, with what it has.
 """
@@ -31,7 +32,7 @@ from typing import Any
 
 from engines.hardware import cpu_info, host_id
 from engines.spec import ArtifactMissing
-from pipeline.bench import encoders, figures, memory, null_engine, peers, race, roofline, startup, store
+from pipeline.bench import encoders, figures, memory, null_engine, peers, race, roofline, size, startup, store
 from pipeline.bench.energy import read_energy
 from pipeline.bench.ladder import ladder
 from pipeline.bench.processes import Limit
@@ -42,6 +43,7 @@ NEEDS = {  # beside --out
     "ladder": ("pictures", "model"), "peers": ("pictures", "model"), "race": ("pictures", "model"),
     "memory": ("pictures", "model"), "text": ("model",), "encoders": ("pictures", "model"),
     "roofline": ("pictures", "model"), "startup": ("pictures", "model"), "null": ("model",), "store": (),
+    "size": ("index",),
 }  # fmt: skip
 LIMITS_S = {
     "ladder": 720.0,
@@ -51,6 +53,7 @@ LIMITS_S = {
     "roofline": 40.0,
     "startup": 90.0,
     "null": 90.0,
+    "size": 120.0,
 }
 
 
@@ -70,6 +73,7 @@ def parser() -> argparse.ArgumentParser:
         nargs="+",
         help="ladder, peers, race: for a contestant of 15 images/s; memory, null: every count",
     )
+    parsed.add_argument("--index", type=Path, metavar="DIR", help="size: whose vectors are made smaller")
     parsed.add_argument("--rounds", type=int, default=3)
     parsed.add_argument("--limit", type=float, metavar="SECONDS", help=f"end with what there is (defaults: {LIMITS_S})")
     parsed.add_argument("--fastembed-python", default=sys.executable, help="race: an environment that has fastembed")
@@ -98,6 +102,7 @@ def measure(args: argparse.Namespace, limit: Limit, work: Path) -> Iterable[dict
         "race": lambda: [race.race(pictures, model, (images or [128])[0], rounds, args.fastembed_python)],
         "memory": lambda: [memory.memory(pictures, model, images or [1000, 10_000])],
         "store": lambda: [store.store(131_072, 512, rounds)],
+        "size": lambda: size.size(args.index, limit),
     }
     return parts[args.what]()
 

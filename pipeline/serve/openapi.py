@@ -37,6 +37,7 @@ HIT = {
 PAGE = {
     "generation": INTEGER, "query": TEXT, "total": INTEGER, "offset": INTEGER, "took_ms": NUMBER,
     "hits": {"type": "array", "items": {"type": "object", "properties": HIT}},
+    "note": {**TEXT, "description": "why there are no hits: a name that no picture has, and the nearest ones"},
     "facets": {"type": "object", "description": "where asked for: per field pairs of value and count"},
 }  # fmt: skip
 INPUT = {"oneOf": [TEXT, {"type": "object", "properties": {"text": TEXT, "image": {**TEXT, "description": "base64"}}}]}

@@ -10,7 +10,7 @@ from typing import Any, NamedTuple
 import numpy as np
 import numpy.typing as npt
 
-from pipeline.search import Index, Query, QueryError, Where
+from pipeline.search import Index, Query, QueryError, UnknownName, Where
 from pipeline.serve.errors import Refusal
 from pipeline.store import Picture
 from pipeline.where import EVERYTHING
@@ -49,7 +49,8 @@ class Questions:
         facets: Sequence[str] = (),
         without: int | None = None,
     ) -> dict[str, Any]:
-        """One page of an answer, as JSON; `without` is a row that is left out, because it is the question.
+        """One page of an answer, as JSON; `without` is a row that is left out, because it is the question. A filter by
+        a name that no row has gives no hits, and a `note` with the nearest names.
 
         Raises:
             Refusal: 400, what this index cannot answer.
@@ -58,6 +59,11 @@ class Questions:
         try:
             found = self._index.search(query, count, threshold=threshold, mmr=mmr, where=where)
             counts = {"facets": self._index.facets(where, facets)} if facets else {}
+        except UnknownName as error:  # an answer: nothing passes, and this is why
+            return {
+                "generation": self._generation.number, "total": 0, "offset": offset, "hits": [], "note": str(error),
+                **({"facets": {name: [] for name in facets}} if facets else {}),
+            }  # fmt: skip
         except QueryError as error:
             raise Refusal(400, str(error)) from None
         page = np.flatnonzero(found.rows != (-1 if without is None else without))[offset : offset + k]

@@ -90,7 +90,8 @@ def publish(
     if isinstance(staged, Staged):
         files, found, write_table = staged.files, staged.found, staged.write
     else:
-        log.info("index.h5 is written whole: %s", staged)
+        if last:
+            log.info("index.h5 is written whole: %s", staged)
         files, found = scan(db, space_number, dim)
         write_table = partial(table.write, marks=found.marks)
     stale: list[str] = []
@@ -208,10 +209,10 @@ def switch(db: sqlite3.Connection, out: Path, number: int) -> None:
     """Show generation `number`, or the pinned one."""
     target = f"generations/{pinned(db) or number}"
     current = out / "current"
+    if not (out / "index.h5").is_symlink():  # first: it leads to the first generation as soon as that is shown
+        point_link(out / "index.h5", "current/index.h5")
     if not (current.is_symlink() and os.readlink(current) == target):
         point_link(current, target)
-    if not (out / "index.h5").is_symlink():
-        point_link(out / "index.h5", "current/index.h5")
 
 
 def show(db: sqlite3.Connection, out: Path, number: int | None) -> int:

@@ -1,4 +1,4 @@
-"""Called in the process of a run before it begins; most wait for the end of its listing, then change what was listed."""
+"""Called in the process of a run before it begins; most wait for the end of its listing and change what it found."""
 
 from __future__ import annotations
 

@@ -6,7 +6,7 @@ import { showLarge, skeletons, tile } from "./tiles.js";
 import { $, button, copy, element, number, plural, readable, toast } from "./words.js";
 
 const SLOW_MS = 1000;
-const WEAK = 0.5; // below this relevance nothing fits well
+const WEAK = 0.2; // below this relevance nothing fits well
 const KEPT = 8; // answers kept for going back
 const LINKED_MAX = 192; // answers looked through for the picture that a link opens
 const SOURCES_NAMED = 3;
