@@ -235,7 +235,7 @@ def test_clocks_that_go_back(night: Night) -> None:
         night.world.assert_equals_undisturbed(night.disturbed(clock_jumps_s=jump_s))
 
 
-@pytest.mark.parametrize("more_mb", [0, 6, 24, 48, 80, 200])
+@pytest.mark.parametrize("more_mb", [2, 6, 24, 48, 80, 200])
 def test_too_little_memory(night: Night, more_mb: int) -> None:
     """`ulimit -v`: one line, or it does without. A good picture is never condemned for it."""
     ran = night.disturbed(memory_mb=more_mb)
@@ -248,7 +248,7 @@ def test_too_little_memory(night: Night, more_mb: int) -> None:
     night.assert_recovers(*shown)
 
 
-@pytest.mark.parametrize("limit_mb", [4, 12, 40])
+@pytest.mark.parametrize("limit_mb", [4, 24, 30])
 def test_a_control_group_with_too_little_memory(night: Night, limit_mb: int) -> None:
     """The kernel kills the run, or its lane again and again: what was committed stays, nothing is condemned."""
     group = Path("/sys/fs/cgroup/memory") / f"nightjar-test-{os.getpid()}"
@@ -363,7 +363,7 @@ def test_a_few_cycles_of_killing_and_resuming(tmp_path: Path, tiny_model: Path, 
     from soak import cycles
 
     found = cycles(World.make(tmp_path, tiny_model, resident), resident, 6, random.Random(12))
-    assert any(name.endswith("killed") for name in found["deaths"])  # type: ignore[attr-defined]
+    assert any(name.endswith("killed") for name in found)
 
 
 def test_the_check_itself_rejects(tmp_path: Path, tiny_model: Path, resident: Resident) -> None:
