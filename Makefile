@@ -35,7 +35,7 @@ engines: setup  ## export, compile and check the model for this host [MODEL=hub-
 	@$(RUN) -m engines.build $(if $(MODEL),--model $(MODEL)) $(if $(RUNTIME),--runtime $(RUNTIME)) $(if $(PRECISION),--precision $(PRECISION)) $(if $(TARGET),--target $(TARGET))
 
 test: setup  ## the whole test suite
-	$(RUN) -m pytest $(ARGS)
+	$(RUN) -m pytest --numprocesses auto --dist loadfile $(ARGS)
 
 soak: setup  ## every call of a night killed and failed, CYCLES=1000 kills, fuzzing for SECONDS=600
 	$(RUN) tests/soak.py $(if $(CYCLES),--cycles $(CYCLES)) $(if $(SECONDS),--seconds $(SECONDS))
@@ -74,7 +74,7 @@ gpu-bundle: setup  ## offline bundle of wheels for an air-gapped Python 3.12 / C
 	$(RUN) docker/gpu_bundle.py bundle
 
 gpu-check:  ## GPU tests, then what this host really does and how fast, into docs/benchmarks/ (8 minutes) [GPU_PYTHON=python3]
-	$(GPU_PYTHON) -m pipeline.check_gpu
+	$(GPU_PYTHON) -m pipeline.gpu_check
 
 lock: setup  ## renew constraints.txt from what .venv holds
 	$(VENV)/bin/pip freeze --exclude-editable | sed 's/+cpu$$//' > constraints.txt

@@ -11,8 +11,8 @@ from pathlib import Path
 
 import numpy as np
 
-from pipeline.export_rows import batches, to_parquet, to_usearch
 from pipeline.search import Index, Query, Term, Where
+from pipeline.search.export_rows import batches, to_parquet, to_usearch
 
 folder, text = Path(sys.argv[1]), sys.argv[2]
 

@@ -1,7 +1,7 @@
 """A plain child process for what is hostile: bytes that make a library crash, hang or eat memory take it alone.
 
-    child = Child.start("pipeline.thumbnails", start_s=20)       conn = confined(2 << 30)        # in its `__main__`
-    child.conn.send_bytes(...); child.conn.recv_bytes()          conn.recv_bytes(); conn.send_bytes(...)
+    child = Child.start("pipeline.report.thumbnails", start_s=20)    conn = confined(2 << 30)        # in its `__main__`
+    child.conn.send_bytes(...); child.conn.recv_bytes()              conn.recv_bytes(); conn.send_bytes(...)
 
 It is spawned by its own module, not by multiprocessing, which would run the caller's main module again. What comes back
 is bytes and never a pickle: whoever has taken the child over must not get further.

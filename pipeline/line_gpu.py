@@ -22,9 +22,9 @@ import numpy as np
 from engines import Engine, EngineUnavailable
 from pipeline import devices
 from pipeline.batch import Batch
+from pipeline.gpu_check.prepare_gpu import artifact
+from pipeline.gpu_check.rig_gpu import CannotRun, Job
 from pipeline.lanes import ENGINE_SLOTS_MAX, Board, LaneSpec
-from pipeline.prepare_gpu import artifact
-from pipeline.rig_gpu import CannotRun, Job
 from pipeline.sources import Source
 
 SECONDS = 3.0  # of each rate, after warm-up

@@ -22,8 +22,8 @@ import pytest
 from store_model import DIM, PHOTOS, SPACE, embed, item, run, some, vector_of
 from test_store_crash import STEPS, in_fork
 
-from pipeline.nearest import Index
 from pipeline.run_record import Clock
+from pipeline.search.index import Index
 from pipeline.store import Generation, Store, StoreDamaged, Turn, ann, fold, manifest, show_generation, store
 from pipeline.store.check import Health, check_data, open_readonly
 from pipeline.store.check_shown import check_generations

@@ -17,8 +17,8 @@ import numpy as np
 import pytest
 from PIL import Image
 
-from pipeline import check_gpu, report_gpu, rig_gpu
-from pipeline.checks_gpu import ALONE_CHECKS, CHECKS, TOGETHER_CHECKS, Check
+from pipeline.gpu_check import check_gpu, report_gpu, rig_gpu
+from pipeline.gpu_check.checks_gpu import ALONE_CHECKS, CHECKS, TOGETHER_CHECKS, Check
 
 ROOT = Path(__file__).resolve().parents[1]
 GPU = {"name": "Test GPU 9000", "sm": "sm90"}
@@ -51,7 +51,7 @@ def test_a_host_without_gpu_says_so_in_one_line(
 
 
 def test_every_part_names_a_function_and_none_needs_a_gpu_library_to_import() -> None:
-    code = "import sys; " + "; ".join(f"import pipeline.{check.probe.split(':')[0]}" for check in CHECKS)
+    code = "import sys; " + "; ".join(f"import pipeline.gpu_check.{check.probe.split(':')[0]}" for check in CHECKS)
     code += "; sys.exit(any(name in sys.modules for name in ('cvcuda', 'nvidia.nvimgcodec', 'cuda.bindings', 'cv2')))"
     subprocess.run([sys.executable, "-c", code], check=True, cwd=ROOT)
     for check in CHECKS:
@@ -257,7 +257,7 @@ def test_the_bar_on_pixels_rejects_the_wrong_resize_and_a_turned_picture() -> No
 WORST = """
 import ctypes, json, os, signal, subprocess, sys, time
 from engines.memory_gpu import Stream
-from pipeline.rig_gpu import Finding, Job, tell
+from pipeline.gpu_check.rig_gpu import Finding, Job, tell
 
 def good(job): return Finding(True, "good", {"figures": {"good": 1}})
 def error(job): raise RuntimeError("an error")
@@ -286,24 +286,24 @@ import os, sys
 from pathlib import Path
 sys.path[1:1] = {places!r}
 exec(Path({fake!r}).read_text())
-from pipeline import checks_gpu
+from pipeline.gpu_check import checks_gpu
 def make(names, limit_s): return tuple(checks_gpu.Check(name, "", "worst:" + name, limit_s) for name in names)
 checks_gpu.TOGETHER_CHECKS, checks_gpu.ALONE_CHECKS = make({together!r}, 3.0), make({alone!r}, 3.0)
 checks_gpu.CHECKS = checks_gpu.TOGETHER_CHECKS + checks_gpu.ALONE_CHECKS
-import pipeline
-pipeline.__path__.append({folder!r})
+import pipeline.gpu_check
+pipeline.gpu_check.__path__.append({folder!r})
 """
 PARTS = ("error", "crash", "hang", "noise", "silence", "late", "survivor", "poison", "full")
 
 
 def start_worst(folder: Path, together: tuple[str, ...], alone: tuple[str, ...]) -> subprocess.Popen[str]:
-    """`python -m pipeline.check_gpu` on stand-in GPUs, its parts replaced."""
+    """`python -m pipeline.gpu_check` on stand-in GPUs, its parts replaced."""
     (folder / "worst.py").write_text(WORST)
     fake = ROOT / "tests" / "fake_gpu"
     values = {"places": [str(fake), str(ROOT)], "fake": str(fake / "sitecustomize.py"), "folder": str(folder)}
     (folder / "sitecustomize.py").write_text(ORDERS.format(**values, together=together, alone=alone))
     environment = os.environ | {"PYTHONPATH": f"{folder}:{fake}:{ROOT}"}
-    command = [sys.executable, "-m", "pipeline.check_gpu", "--out", str(folder / "out")]
+    command = [sys.executable, "-m", "pipeline.gpu_check", "--out", str(folder / "out")]
     return subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True, env=environment)
 
 

@@ -16,8 +16,8 @@ from runs import index, run_module
 
 from pipeline.config import index_parser
 from pipeline.duration import parse_duration, words
-from pipeline.nightly import nightly_parser
-from pipeline.search_config import search_parser
+from pipeline.nightly.night import nightly_parser
+from pipeline.search.config import search_parser
 from pipeline.status import status_parser
 
 ROOT = Path(__file__).resolve().parents[1]
@@ -189,7 +189,7 @@ def test_a_text_query_imports_no_torch(tiny_model: Path, tmp_path: Path) -> None
     write_folder(tmp_path / "photos", 4)
     index(tmp_path / "photos", tmp_path / "index", "--model", tiny_model)
     script = (
-        "import sys; from pipeline.search import main; "
+        "import sys; from pipeline.search.command import main; "
         f"code = main(['words', '--out', {str(tmp_path / 'index')!r}]); "
         "assert 'torch' not in sys.modules; sys.exit(code)"
     )

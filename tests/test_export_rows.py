@@ -17,8 +17,8 @@ from store_model import run, some, vector_of
 
 from pipeline.bench.processes import Limit
 from pipeline.bench.size import size
-from pipeline.export_rows import batches, to_faiss, to_parquet, to_usearch
 from pipeline.search import Index, Where
+from pipeline.search.export_rows import batches, to_faiss, to_parquet, to_usearch
 
 PICTURES = some(300)
 METADATA = {key: {"label": f"label {number % 3}", "stars": number, "weight": number / 2}

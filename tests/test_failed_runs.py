@@ -15,11 +15,12 @@ from pictures import write_folder
 from runs import index, run_module, vectors_by_key
 from test_nightly import config, configure, night
 
-from pipeline import failures, nightly
+from pipeline import failures
 from pipeline import index as indexing
 from pipeline.exits import FAILED, MANY_DELETED
 from pipeline.index import run
-from pipeline.report import PARTS, write_report
+from pipeline.nightly import night as nightly
+from pipeline.report.page import PARTS, write_report
 from pipeline.scheduler import LaneFailed, Sharing
 from pipeline.status import status
 from pipeline.stop import Stop

@@ -15,7 +15,7 @@ from typing import Any, TypeAlias
 import pytest
 
 from engines.spec import find_artifact
-from pipeline import report_gpu
+from pipeline.gpu_check import report_gpu
 
 Told: TypeAlias = dict[str, dict[str, Any]]
 ROOT = Path(__file__).resolve().parents[1]
@@ -25,8 +25,9 @@ from pathlib import Path
 from types import SimpleNamespace
 import numpy as np
 from PIL import Image
-from pipeline import line_gpu, measure_gpu, pipelines_gpu, prepare_gpu
-from pipeline.rig_gpu import Job
+from pipeline import line_gpu
+from pipeline.gpu_check import measure_gpu, pipelines_gpu, prepare_gpu
+from pipeline.gpu_check.rig_gpu import Job
 
 def imdecode(data, flags):
     return np.asarray(Image.open(io.BytesIO(data.tobytes())).convert("RGB"))[:, :, ::-1]

@@ -22,14 +22,14 @@ from pictures import noisy_jpeg, write_folder
 from prometheus_client.parser import text_string_to_metric_families
 from runs import Ran, index, run_module, vectors_by_key
 
-from pipeline import nightly
 from pipeline.config import Config, index_parser, parse_index
 from pipeline.exits import BUDGET_SPENT
 from pipeline.index import Indexed, run
-from pipeline.metrics import write_metrics
-from pipeline.nightly_config import WebhookTable
-from pipeline.nightly_result import Tonight
-from pipeline.nightly_tell import post
+from pipeline.nightly import night as nightly
+from pipeline.nightly.config import WebhookTable
+from pipeline.nightly.metrics import write_metrics
+from pipeline.nightly.result import Tonight
+from pipeline.nightly.tell import post
 from pipeline.scheduler import LaneFailed
 from pipeline.stop import Stop
 from pipeline.store.files import take_lock

@@ -14,8 +14,8 @@ import yaml
 from runs import run_module
 
 from pipeline.config import UsageError
-from pipeline.nightly import nightly_parser
-from pipeline.nightly_config import load
+from pipeline.nightly.config import load
+from pipeline.nightly.night import nightly_parser
 
 DOCKER = Path(__file__).resolve().parents[1] / "docker"
 

@@ -8,10 +8,10 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from pipeline.diverse import NEAR_DUPLICATE_COSINE, marginal_relevance, near_duplicates
-from pipeline.query import Query, QueryError, Term, combine, parse_query
-from pipeline.relevance import Spread
-from pipeline.where import Where, parse_box, parse_dates
+from pipeline.search.diverse import NEAR_DUPLICATE_COSINE, marginal_relevance, near_duplicates
+from pipeline.search.query import Query, QueryError, Term, combine, parse_query
+from pipeline.search.relevance import Spread
+from pipeline.search.where import Where, parse_box, parse_dates
 
 
 def unit(*rows: list[float]) -> npt.NDArray[np.float16]:

@@ -20,14 +20,14 @@ from PIL import Image
 from runs import index, run_module
 from store_model import DIM
 
-from pipeline import thumbnails
 from pipeline.exits import DONE, USAGE
 from pipeline.history import POINTS_MAX, SAMPLE_ROWS, Sample, Throughput
 from pipeline.lanes import Tick
-from pipeline.report import PARTS, ReportError, write_report
-from pipeline.report_looks import NEAREST, look
+from pipeline.report import thumbnails
+from pipeline.report.looks import NEAREST, look
+from pipeline.report.page import PARTS, ReportError, write_report
+from pipeline.report.thumbnails import EDGE_PX, Request, Thumbnails
 from pipeline.store import Generation
-from pipeline.thumbnails import EDGE_PX, Request, Thumbnails
 
 SCRIPT = "<script>alert(1)<script>.jpg"
 HANDLER = "\"><img src=x onerror='alert(2)'>.jpg"

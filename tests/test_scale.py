@@ -7,7 +7,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 
-from pipeline.bench_store import SCOPE, SPACE, listing, make_manifest, night, observe
+from pipeline.bench.nights import SCOPE, SPACE, listing, make_manifest, night, observe
 from pipeline.store import Store
 
 KEYS = 20_000

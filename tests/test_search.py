@@ -17,8 +17,8 @@ from pictures import write_folder
 from runs import index as run_index
 from store_model import run, vector_of
 
-from pipeline import columns, relevance
-from pipeline.search import Index, Query, QueryError, Term, Where, main
+from pipeline.search import Index, Query, QueryError, Term, Where, columns, relevance
+from pipeline.search.command import main
 from pipeline.store import generation
 
 ROWS = 400

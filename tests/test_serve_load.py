@@ -51,7 +51,7 @@ def two_nights(tiny_model: Path, tmp_path_factory: pytest.TempPathFactory) -> Pa
 def test_under_load_every_answer_is_right(two_nights: Path, tmp_path: Path) -> None:
     """The ten-second version of the figure in docs/benchmarks."""
     args = ("--index", two_nights, "--clients", 40, "--seconds", 10, "--out", tmp_path)
-    ran = run_module("pipeline.bench_serve", *args)
+    ran = run_module("pipeline.bench.service", *args)
     result = json.loads((tmp_path / "serve.json").read_text())
     assert result["wrong"] == 0, result["first_wrong"]
     assert result["exit"] == 0, ran.stderr

@@ -18,9 +18,9 @@ from pipeline import devices
 from pipeline.devices import EngineWish, plan, resolve_devices
 from pipeline.setting import Setting, Tuned, default_setting, tuned_for, tuned_path
 from pipeline.sources import open_source
-from pipeline.tune import LIMIT_S, TuneFailed, tune
-from pipeline.tune_config import TuneConfig
-from pipeline.tune_search import CpuAxes, GpuAxes, Measured, Search
+from pipeline.tune.config import TuneConfig
+from pipeline.tune.halving import CpuAxes, GpuAxes, Measured, Search
+from pipeline.tune.tuner import LIMIT_S, TuneFailed, tune
 
 START_S = 1.5  # what it takes to start lanes, before each measurement
 WINDOW_S = 1.5

@@ -18,7 +18,7 @@ from pictures import noisy_jpeg, write_folder
 from runs import index, run_module, vectors_by_key
 
 from pipeline.store.files import digest_file
-from pipeline.verify import DAMAGED, DONE, LOCKED, main
+from pipeline.verify.command import DAMAGED, DONE, LOCKED, main
 
 ROWS = 24
 
@@ -286,7 +286,7 @@ def test_a_run_is_neither_judged_nor_kept_out(out: Path, capsys: pytest.CaptureF
 def test_a_run_that_begins_meanwhile_spoils_the_verdict(
     out: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    from pipeline import verify as module
+    from pipeline.verify import command as module
 
     check_data = module.check_data
 

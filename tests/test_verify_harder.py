@@ -17,7 +17,7 @@ from runs import index, run_module, vectors_by_key
 from test_verify import edit, flip, photos, shards, sign, sound, sql, verify, whats  # noqa: F401 - fixtures
 
 from pipeline.store import show_generation
-from pipeline.verify import DAMAGED, DONE
+from pipeline.verify.command import DAMAGED, DONE
 
 
 @pytest.fixture

@@ -28,7 +28,7 @@ from engines.spec import Artifact, ArtifactMissing, find_artifact
 from pipeline.bench.pictures import Corpus, jpegs_below
 from pipeline.bench.processes import ChildFailed, Limit, OutOfTime, index_command, run_measured
 from pipeline.bench.rungs import Rung, rungs
-from pipeline.embedders import TextEmbedder
+from pipeline.search.embedders import TextEmbedder
 
 SEED = Path(__file__).resolve().parents[2] / "docs" / "benchmarks" / "seed.py"
 DISTINCT = 48  # pictures with different pixels; more are copies with a comment of their own

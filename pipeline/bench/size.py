@@ -19,7 +19,7 @@ import numpy as np
 import numpy.typing as npt
 
 from pipeline.bench.processes import Limit
-from pipeline.nearest import Index
+from pipeline.search.index import Index
 
 ROWS_MAX, QUERIES, RECALL_K, RERANK = 200_000, 200, 10, 100
 ROUNDING = 1e-5  # of kernels that add in another order

@@ -10,8 +10,8 @@ from functools import partial
 from starlette.requests import Request
 from starlette.responses import JSONResponse, Response
 
-from pipeline.query import parse_query
 from pipeline.search import Query, QueryError, Term
+from pipeline.search.query import parse_query
 from pipeline.serve.batcher import Vectors
 from pipeline.serve.decoders import Decoders
 from pipeline.serve.errors import Refusal

@@ -9,8 +9,8 @@ from typing import Any, NamedTuple
 
 from starlette.datastructures import QueryParams
 
+from pipeline.search.where import Where, parse_box
 from pipeline.serve.errors import Refusal
-from pipeline.where import Where, parse_box
 
 K_MAX, OFFSET_MAX, TEXT_CHARACTERS_MAX = 200, 10_000, 2_000
 FACETS_MAX = 8

@@ -11,9 +11,9 @@ import numpy as np
 import numpy.typing as npt
 
 from pipeline.search import Index, Query, QueryError, UnknownName, Where
+from pipeline.search.where import EVERYTHING
 from pipeline.serve.errors import Refusal
 from pipeline.store import Picture
-from pipeline.where import EVERYTHING
 
 IDS_KEPT = 100_000  # rows of ids that were answered: a thumbnail is asked for right after
 DESCRIBED_KEPT = 20_000  # about 1 KB each

@@ -115,7 +115,7 @@ def source_target(kind: str, name: str) -> Callable[[Path], Try]:
 
 
 def config_target(folder: Path) -> Try:
-    from pipeline.nightly_config import UsageError, load
+    from pipeline.nightly.config import UsageError, load
 
     path = folder / "nightly.toml"
 

@@ -110,8 +110,8 @@ def serve() -> None:
     answers = os.fdopen(os.dup(1), "w")
     for name in (
         "pipeline.index",
-        "pipeline.nightly",
-        "pipeline.verify",
+        "pipeline.nightly.night",
+        "pipeline.verify.command",
         "pipeline.generations",
         "pipeline.store.usearch_lib",
         "pipeline.lane_process",

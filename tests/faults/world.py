@@ -19,8 +19,8 @@ from runs import quarantine, vectors_by_key
 
 from pipeline.store import Generation, NoIndex, content_hash, files
 from pipeline.store.publish import FILE_FOLDERS
-from pipeline.verify import verify
-from pipeline.verify_config import VerifyConfig
+from pipeline.verify.command import verify
+from pipeline.verify.config import VerifyConfig
 
 Shown = dict[str, tuple[bytes, bytes]]  # key -> content hash, vector bits
 BAD = {b"": "empty", b"not a picture": "not_an_image", noisy_jpeg(7)[:-700]: "truncated"}
@@ -71,11 +71,11 @@ class World:
             f'[[source]]\nkind = "folder"\nroot = "{self.folder}"\n'
         )
         patches = PATCHES | disturbed.pop("patches", {})  # type: ignore[operator]
-        return Order(["--config", str(toml)], module="pipeline.nightly", patches=patches, **disturbed)  # type: ignore[arg-type]
+        return Order(["--config", str(toml)], module="pipeline.nightly.night", patches=patches, **disturbed)  # type: ignore[arg-type]
 
     def repair(self, **disturbed: object) -> Order:
         argv = ["--repair", "--runtime", "ort-cpu", "--devices", "cpu", "--out", str(self.out)]
-        return Order(argv, module="pipeline.verify", patches=PATCHES, **disturbed)  # type: ignore[arg-type]
+        return Order(argv, module="pipeline.verify.command", patches=PATCHES, **disturbed)  # type: ignore[arg-type]
 
     def show(self, generation: int | str, **disturbed: object) -> Order:
         argv = ["--show", str(generation), "--out", str(self.out)]

@@ -1,0 +1,1 @@
+"""make gpu-check: asks a GPU host what its libraries really do, and how fast."""

@@ -1,0 +1,1 @@
+"""All sources of a night, one generation."""

@@ -1,0 +1,5 @@
+import sys
+
+from pipeline.nightly.night import main
+
+sys.exit(main())

@@ -1,0 +1,280 @@
+"""`python -m pipeline.nightly --config nightly.toml`: what a scheduler starts every night, for years.
+
+    lock -> each source: list, diff, retry, embed -> verify a sample -> publish once, for all -> pages, metrics, webhook
+
+A source that fails keeps what is known of it and does not stop the others. Readers see tonight's pictures only after
+the look at the index found nothing wrong. Killed at any instant, the next night goes on where this one stopped.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import logging
+import math
+import shlex
+import subprocess
+import sys
+import time
+from collections.abc import Sequence
+from dataclasses import replace
+from datetime import datetime
+from pathlib import Path
+from typing import Any
+from urllib.parse import urlsplit
+
+from pipeline import duration
+from pipeline.config import Config, UsageError, parse_index
+from pipeline.exits import DAMAGED, DONE, FAILED, USAGE
+from pipeline.failures import FAILURES, exit_code, words
+from pipeline.index import Published, account, begin, index_source, leave_record, publish, write_record
+from pipeline.nightly.config import Nightly, SourceTable, VerifyTable, load
+from pipeline.nightly.result import SCHEMA, Tonight, Verified, failed, summary
+from pipeline.nightly.tell import tell_all, write_log
+from pipeline.report.page import ReportError, write_report
+from pipeline.run_record import Clock
+from pipeline.run_reports import publishing_s, tell_unended, work_s
+from pipeline.stop import Stop
+from pipeline.store import Store, Turn
+from pipeline.store.ledger import take_stock
+
+log = logging.getLogger("nightjar")
+
+VERIFY_POLL_S = 0.5
+
+EXAMPLES = """examples:
+  python -m pipeline.nightly --config /etc/nightjar/nightly.toml --check    is it right, and what would run?
+  python -m pipeline.nightly --config /etc/nightjar/nightly.toml
+  python -m pipeline.nightly --config nightly.toml --log nightly.jsonl
+
+docker/nightly.toml is a configuration to start from; docker/ has files for cron, systemd and Kubernetes beside it.
+exit codes: 0 done, 1 failed, 2 configuration, or a source that is not there, 3 done but more newly quarantined than
+max_quarantined, 4 another run holds the lock, 5 budget spent (what was done is published; the next night goes on),
+6 too many deletions in a source, 7 damage found and nothing published, 130 interrupted (resumable). Of several the
+gravest: 130, 4, 1, 7, 2, 6, 3, 5, 0"""
+
+
+def run_night(plan: Nightly, stop: Stop) -> dict[str, Any]:
+    """The whole night; returns the JSON of its last line.
+
+    Raises:
+        FAILURES: of the index itself, such as Locked. What befalls one source is in the result.
+    """
+    clock, start_s = Clock(), time.monotonic()
+    sources = [Tonight(table) for table in plan.sources]
+    for one in sources:
+        try:
+            one.cfg = parse_index(index_command(plan, one.table))
+        except FAILURES as error:
+            one.fail(error)
+    ready = [one for one in sources if one.cfg is not None]
+    published, verified = Published(), Verified()
+    if ready:
+        deadline_s = start_s + work_s(plan.index.budget_s or math.inf, publishing_s(plan.index.out))
+        try:
+            with clock.phase("indexing"), open_store(ready) as store:
+                index_in_turn(ready, store, stop, deadline_s)
+            with clock.phase("verifying"):
+                verified = verify(plan, sources, stop)
+            with open_store(ready) as store:
+                if not stop.requested and verified.exit != DAMAGED:
+                    with clock.phase("publishing"):
+                        budget_s = plan.index.budget_s or math.inf
+                        turn = Turn(lambda: stop.requested or time.monotonic() >= start_s + budget_s, clock.phase)
+                        published = publish(ready[0].config, store, turn)
+                settle(sources, published, verified, stop, clock)
+        except BaseException as error:
+            for one in ready:
+                if one.indexed is not None and one.report is None:
+                    leave_record(one.config, one.indexed, one.failure or error, time.monotonic() - start_s)
+            raise
+        finally:
+            if plan.report.page:
+                write_pages(plan.index.out, ready)
+    return summary(plan, sources, published, verified, stop.requested, clock, time.monotonic() - start_s)
+
+
+def index_command(plan: Nightly, source: SourceTable) -> list[str]:
+    """Options of the `pipeline.index` that does what the night does with this source. One road for both."""
+    index = plan.index
+    words = ["--source", source.kind, "--root", source.root]
+    words += ["--split", source.split] if source.split is not None else []
+    words += ["--out", str(index.out), "--model", index.model, "--devices", index.devices]
+    words += ["--precision", index.precision, "--max-deleted", f"{index.max_deleted:g}", "--keep", str(index.keep)]
+    words += ["--max-quarantined", str(index.max_quarantined)] if index.max_quarantined is not None else []
+    words += ["--retry", ",".join(index.retry)] if index.retry else []
+    return [*words, "--json"]
+
+
+def open_store(ready: Sequence[Tonight]) -> Store:
+    """All sources share model and index."""
+    cfg = ready[0].config
+    return Store.open(cfg.out, cfg.artifact.spec.space, cfg.artifact.spec.dim)
+
+
+def index_in_turn(ready: Sequence[Tonight], store: Store, stop: Stop, deadline_s: float) -> None:
+    """Each source gets an equal share of the time that is left when its turn comes.
+
+    Those with the least left over from last night come first: what they do not use goes to those that lag behind.
+    """
+    left_over = pending_of(ready[0].config.out) if len(ready) > 1 and deadline_s < math.inf else {}
+    order = sorted(ready, key=lambda one: left_over.get(scope_of(one.config), 0))
+    for place, one in enumerate(order):
+        if stop.requested:
+            return
+        now_s = time.monotonic()
+        stop.deadline_s = now_s + (deadline_s - now_s) / (len(order) - place)
+        log.info("source %s", one.name)
+        try:
+            one.indexed = begin(one.config, store)
+            if place == 0:
+                tell_unended(one.config.out, one.indexed.run)
+            index_source(one.config, store, stop, one.indexed)
+        except FAILURES as error:
+            one.fail(error)
+
+
+def pending_of(index: Path) -> dict[tuple[str, ...], int]:
+    return {
+        (source.kind, source.root, *map(str, source.options.values())): source.pending
+        for source in take_stock(index, examples=0, runs=0).sources
+    }
+
+
+def scope_of(cfg: Config) -> tuple[str, ...]:
+    return (cfg.source.kind, cfg.source.root, *map(str, cfg.source.options.values()))
+
+
+def verify(plan: Nightly, sources: Sequence[Tonight], stop: Stop) -> Verified:
+    """In a process of its own: it decodes pictures, and a decoder that dies must not take the night with it."""
+    look = plan.verify
+    if look.level == "off" or stop.requested:
+        return Verified()
+    if look.level != "quick" and (away := [one.name for one in sources if one.cfg is None]):
+        log.warning("%s: not there, so verify reads no pictures tonight, only the index", ", ".join(away))
+        look = replace(look, level="quick")
+    seed = max((one.indexed.run for one in sources if one.indexed), default=0)  # other pictures every night
+    code, stdout = _wait([sys.executable, *verify_command(plan.index.out, look, seed)], stop)
+    if code not in (DONE, DAMAGED):
+        if not stop.requested:
+            log.error("the index could not be verified (exit code %d); it is published all the same", code)
+        return Verified(code if code > 0 else FAILED)
+    if code == DAMAGED:
+        log.error(
+            "damage was found, so readers still see the last generation: python -m pipeline.verify --repair --out %s",
+            plan.index.out,
+        )
+    return Verified(code, json.loads(stdout.strip().splitlines()[-1]))
+
+
+def _wait(command: Sequence[str], stop: Stop) -> tuple[int, str]:
+    """Exit code and output; a night that is told to end does not wait."""
+    with subprocess.Popen(command, stdout=subprocess.PIPE, text=True) as child:
+        while True:
+            try:
+                stdout, _ = child.communicate(timeout=VERIFY_POLL_S)
+            except subprocess.TimeoutExpired:
+                if stop.requested:
+                    child.terminate()
+            else:
+                return child.returncode, stdout
+
+
+def verify_command(index: Path, look: VerifyTable, seed: int) -> list[str]:
+    words = ["-m", "pipeline.verify", look.level, "--out", str(index), "--json"]
+    return words + (["--rows", str(look.rows), "--seed", str(seed)] if look.level == "sample" else [])
+
+
+def settle(sources: Sequence[Tonight], published: Published, verified: Verified, stop: Stop, clock: Clock) -> None:
+    """Every source that was begun gets the record that `pipeline.index` would have left."""
+    for one in sources:
+        if one.indexed is None:
+            continue
+        phases_s = one.indexed.clock.phases_s
+        phases_s |= {phase: clock.phases_s.get(phase, 0.0) for phase in ("verifying", "publishing")}
+        phases_s |= {"ann": clock.phases_s["ann"]} if "ann" in clock.phases_s else {}
+        report = account(one.config, one.indexed, published, stop.requested, sum(phases_s.values()))
+        if one.error or verified.exit == DAMAGED:
+            report = replace(report, exit=one.exit if one.error else DAMAGED)
+        one.report, one.exit = report, report.exit
+        others = [f"{other.name}: {other.error}" for other in sources if other.error and other is not one]
+        write_record(one.config, one.indexed, report, error=one.error, also_failed=others)
+
+
+def write_pages(index: Path, ready: Sequence[Tonight]) -> None:
+    for one in ready:
+        if one.indexed is not None:
+            try:
+                log.info("page %s", write_report(index, one.indexed.run))
+            except (ReportError, *FAILURES) as error:
+                log.error("no page of run %d: %s", one.indexed.run, words(error))
+            except Exception:  # a page is made of whatever pictures hold, and no night fails for it
+                log.exception("no page of run %d", one.indexed.run)
+
+
+def check(path: Path, plan: Nightly) -> int:
+    """What would run, as commands that anybody may type; and what of it is not there."""
+    code = DONE
+    print(f"{path} is right. Every night, below one lock:")
+    for source in plan.sources:
+        words = index_command(plan, source)
+        print(f"  {shlex.join(['python', '-m', 'pipeline.index', *words])}")
+        try:
+            parse_index(words)
+        except FAILURES as error:
+            code = exit_code(error)
+            print(f"    CANNOT RUN: {error}")
+    if plan.index.budget_s is not None:
+        print(f"  all within {duration.words(plan.index.budget_s)}, publishing included")
+    if plan.verify.level != "off":
+        print(f"  {shlex.join(['python', *verify_command(plan.index.out, plan.verify, seed=0)])}")
+    print(f"  one generation for all, {plan.index.keep} kept")
+    for what, where in (("page", plan.index.out / "runs" if plan.report.page else None),
+                        ("log", plan.report.log), ("metrics", plan.report.metrics),
+                        ("webhook on failure at", plan.webhook and urlsplit(plan.webhook.url).hostname)):  # fmt: skip
+        if where is not None:
+            print(f"  {what} {where}")
+    return code
+
+
+def nightly_parser() -> argparse.ArgumentParser:
+    parser = argparse.ArgumentParser(
+        prog="python -m pipeline.nightly", description="Bring an index up to date with its sources, every night.",
+        epilog=EXAMPLES, formatter_class=argparse.RawDescriptionHelpFormatter, allow_abbrev=False,
+    )  # fmt: skip
+    parser.add_argument(
+        "--config", type=Path, required=True, metavar="TOML", help="what to do; see docker/nightly.toml"
+    )
+    parser.add_argument(
+        "--log", type=Path, metavar="FILE", help="append one JSON object per event (default: as TOML says)"
+    )
+    parser.add_argument("--check", action="store_true", help="say what would run, and do nothing")
+    return parser
+
+
+def main(argv: list[str] | None = None) -> int:
+    logging.basicConfig(level=logging.INFO, format="%(message)s", stream=sys.stderr)
+    args = nightly_parser().parse_args(argv)
+    try:
+        plan = load(args.config)
+    except UsageError as error:
+        log.error("error: %s", error)
+        print(json.dumps({"schema": SCHEMA, "error": str(error), "exit": USAGE}), flush=True)
+        return USAGE
+    if args.check:
+        return check(args.config, plan)
+    start_s, started = time.monotonic(), datetime.now().astimezone()
+    try:
+        if log_path := args.log or plan.report.log:
+            write_log(log_path)
+        night = run_night(plan, Stop())
+    except FAILURES as error:
+        log.error("error: %s", words(error))
+        night = failed(plan, error, exit_code(error), time.monotonic() - start_s)
+    except Exception as error:  # a fault of ours: nobody watches at night, so somebody has to be told
+        log.exception("a fault of Nightjar")
+        night = failed(plan, error, FAILED, time.monotonic() - start_s)
+    night["started"] = started.isoformat(timespec="seconds")
+    tell_all(plan, night)
+    print(json.dumps(night), flush=True)
+    return int(night["exit"])

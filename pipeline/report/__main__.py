@@ -1,0 +1,5 @@
+import sys
+
+from pipeline.report.page import main
+
+sys.exit(main())

@@ -1,0 +1,5 @@
+import sys
+
+from pipeline.search.command import main
+
+sys.exit(main())

@@ -1,0 +1,109 @@
+"""`python -m pipeline.search "text"`: the pictures of an index that fit a text, or another picture, best.
+
+For programs: `Index.open(folder).search("a red bird")`, see `pipeline.search.index` and `docs/search.md`.
+"""
+
+from __future__ import annotations
+
+import json
+import logging
+import sys
+from dataclasses import asdict
+
+import numpy as np
+from rich.console import Console
+from rich.table import Column, Table
+
+from engines import EngineUnavailable
+from engines.spec import ArtifactMissing
+from pipeline.batch import BadImage
+from pipeline.config import UsageError
+from pipeline.contact_sheet import Cell, contact_sheet
+from pipeline.exits import DONE, FAILED, USAGE
+from pipeline.search.answer import Found, Hit
+from pipeline.search.config import SearchConfig, parse_search
+from pipeline.search.index import Index
+from pipeline.search.query import QueryError
+from pipeline.sources import SourceError, open_source
+from pipeline.store import Generation, NoIndex, StoreError
+
+
+def search(cfg: SearchConfig) -> Found:
+    with Index.open(cfg.out, model=cfg.model, exact=cfg.exact) as index:
+        found = index.search(
+            cfg.query, cfg.k, offset=cfg.offset, where=cfg.where, threshold=cfg.threshold, mmr=cfg.mmr, group=cfg.group,
+            exact=cfg.exact,
+        )  # fmt: skip
+        hits = found.hits  # read while the index is open
+        if cfg.grid:
+            read = zip(_read(index.generation, hits), hits, strict=True)
+            cells = [Cell(encoded, _label(hit), hit.score) for encoded, hit in read]
+            contact_sheet(cfg.words, cells).save(cfg.grid)
+    return found
+
+
+def _read(generation: Generation, hits: list[Hit]) -> list[bytes | None]:
+    """The pictures' bytes from where they were indexed; None for one that has gone since."""
+    found: list[bytes | None] = []
+    for picture in generation.pictures(np.array([hit.row for hit in hits], np.int64)):
+        try:
+            source = open_source(picture.source.kind, picture.source.root, split=picture.source.options.get("split"))
+            found.append(source.read(picture.locator, picture.size_bytes))
+        except (SourceError, BadImage) as error:
+            logging.getLogger("nightjar").warning("a picture cannot be shown: %s", error)
+            found.append(None)
+    return found
+
+
+def _label(hit: Hit) -> str:
+    for column in ("common_name", "label", "caption"):
+        if value := hit.metadata.get(column):
+            return str(value)
+    return hit.key
+
+
+def show(cfg: SearchConfig, found: Found) -> None:
+    if cfg.json:
+        described = [asdict(hit) for hit in found.hits]
+        for words, rows in zip(described, found.groups or [], strict=False):
+            words["copies"] = rows[1:].tolist()
+        print(json.dumps({"query": cfg.words, "total": found.total, "offset": cfg.offset, "hits": described}))
+        return
+    copies = [f"+{len(rows) - 1}" if len(rows) > 1 else "" for rows in found.groups or []]
+    table = Table("#", "relevance", "cosine", "label", Column("key", overflow="fold"), box=None, pad_edge=False)
+    for number, hit in enumerate(found.hits):
+        notes = [f"({hit.mark})"] if hit.mark else []
+        notes += [f"{copies[number]} near-duplicates"] if copies and copies[number] else []
+        table.add_row(
+            str(cfg.offset + number + 1), f"{hit.relevance:9.0%}", f"{hit.score:.4f}", _label(hit),
+            "  ".join([hit.key, *notes]),
+        )  # fmt: skip
+    console = Console()
+    console.print(table if len(found) else _nothing(cfg, found))
+    if cfg.grid:
+        console.print(f"contact sheet: {cfg.grid}")
+
+
+def _nothing(cfg: SearchConfig, found: Found) -> str:
+    if not found.total:
+        return "nothing: no picture passes all filters"
+    if cfg.threshold is not None:
+        return f"nothing at or above --threshold {cfg.threshold:g}" + (
+            f" from --offset {cfg.offset}" if cfg.offset else ""
+        )
+    return f"nothing from --offset {cfg.offset}; {found.total} pictures pass"
+
+
+def main(argv: list[str] | None = None) -> int:
+    logging.basicConfig(level=logging.WARNING, format="%(message)s", stream=sys.stderr)
+    try:
+        cfg = parse_search(argv)
+        found = search(cfg)
+    except (UsageError, QueryError, ArtifactMissing, EngineUnavailable, NoIndex, BadImage) as error:
+        print(f"error: {error}", file=sys.stderr)
+        return USAGE
+    except (StoreError, OSError) as error:
+        print(f"error: {error}", file=sys.stderr)
+        return FAILED
+    show(cfg, found)
+    return DONE

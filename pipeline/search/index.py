@@ -1,0 +1,297 @@
+"""Questions to an index: texts, pictures and rows in, the nearest pictures out.
+
+    from pipeline.search import Index, Where
+
+    with Index.open(Path("pictures-index")) as index:        # once; answers many questions, from several threads
+        found = index.search("a red bird", k=9, where=Where(taxon="Aves"))
+        found.rows, found.scores, found.relevance             # numpy arrays, best first
+        found.hits                                            # keys and metadata, read when they are asked for
+        index.search('"red car" - "person"', offset=9)        # the second page
+
+An index that is held open answers from its generation while newer ones are published and older ones are deleted. A text
+imports no torch, and a vector no engine. Only what was published is read. `docs/search.md` explains it all.
+"""
+
+from __future__ import annotations
+
+import sys
+import threading
+from collections.abc import Sequence
+from functools import cached_property
+from pathlib import Path
+from types import TracebackType
+from typing import TYPE_CHECKING
+
+import numpy as np
+import numpy.typing as npt
+
+from engines.spec import Artifact, find_artifact
+from pipeline.config import UsageError
+from pipeline.search.answer import Found
+from pipeline.search.diverse import POOL, marginal_relevance, near_duplicates
+from pipeline.search.embedders import PictureEmbedder, TextEmbedder
+from pipeline.search.query import WORD_FOR_WORD, Query, QueryError, Term, combine, parse_query
+from pipeline.search.relevance import Background
+from pipeline.search.where import EVERYTHING, Where
+from pipeline.store import Generation, StoreDamaged
+from pipeline.store.graphs import Graphs
+from pipeline.store.scan import Query as Vector
+from pipeline.store.scan import Rows, Scan, Scores, check_query
+
+if TYPE_CHECKING:
+    from pipeline.search.filters import Filters
+
+DIGEST_CHECK_BYTES = 1 << 30  # a first read of 1 GB takes 0.3 s from the page cache; above, sizes alone are checked
+ANN_K_MAX = 200  # nearest pictures asked for; more cost a graph as much as exact search
+
+
+class Index:
+    """The generation that was shown when it was opened. Safe to share among threads, but for `Found`'s descriptions."""
+
+    def __init__(self, generation: Generation, scan: Scan, graphs: Graphs | None, model: str | None) -> None:
+        self.generation, self._scan, self._graphs, self._model = generation, scan, graphs, model
+        self._engine_lock = threading.Lock()  # an engine has one set of buffers
+        entry = generation.ann or {}
+        self._ann_pays = entry.get("ann_ms", 0.0) < entry.get("exact_ms", 0.0)  # as measured when it was published
+
+    @classmethod
+    def open(cls, path: Path | str, *, model: str | None = None, exact: bool = False) -> Index:
+        """What readers see now. Small indexes are checked byte by byte, large ones by the sizes of their files.
+
+        `model` is the artifact to ask with (default: the one the index was made with), needed for texts and pictures
+        alone. `exact` leaves the graphs out altogether.
+
+        Raises:
+            NoIndex, StoreDamaged: with what was expected and what to run. Never zeros in place of vectors.
+        """
+        path = Path(path)
+        while True:
+            generation = open_checked(path)
+            scan = Scan(list(generation.blocks()))
+            try:
+                graphs = None
+                if generation.ann and not exact:
+                    graphs = Graphs.open(path, generation.ann, scan, scan.bytes <= DIGEST_CHECK_BYTES)
+                return cls(generation, scan, graphs, model)
+            except (StoreDamaged, FileNotFoundError):
+                generation.close()
+                scan.close()
+                if (path / "current").resolve().name == str(generation.number):
+                    raise  # and not deleted while it was being opened
+
+    def __enter__(self) -> Index:
+        return self
+
+    def __exit__(self, kind: type[BaseException] | None, error: BaseException | None, _: TracebackType | None) -> None:
+        self.close()
+
+    def close(self) -> None:
+        if self._graphs is not None:
+            self._graphs.close()
+        self._scan.close()
+        self.generation.close()
+
+    def parse(self, text: str, templates: Sequence[str] = WORD_FOR_WORD, *, files: bool = False) -> Query:
+        """A query as a person writes it, such as `"red car" - 0.5 * "person"`; without quotes, one text word for word.
+
+        `files` allows `file:"photo.jpg"`, which opens files of this host: never for what strangers write.
+
+        Raises:
+            QueryError: it begins with a quote and cannot be read, or names a file where that is not allowed.
+        """
+        query = parse_query(text, templates)
+        if not files and any(term.file is not None for term in query.terms):
+            raise QueryError(
+                "files cannot be named in this query; give the picture itself, or key: and a picture's key"
+            )
+        return query
+
+    def search(
+        self,
+        query: str | bytes | Path | Vector | Query,
+        k: int = 9,
+        *,
+        offset: int = 0,
+        where: Where = EVERYTHING,
+        threshold: float | None = None,
+        mmr: float | None = None,
+        group: bool = False,
+        allowed: npt.NDArray[np.bool_] | None = None,
+        exact: bool = False,
+    ) -> Found:
+        """Answers `offset` to `offset + k` by cosine, ties by row.
+
+        `query`: what `parse` reads, a picture (its bytes, or the path of its file), a unit vector of (d,) float16, or a
+        `Query`. `where`: which rows may answer; `allowed`: the same as a boolean per row of the index. Filtered rows
+        are searched exactly. `threshold`: the lowest cosine. `mmr`: 1 is the plain order, towards 0 answers differ more
+        from each other. `group`: near-duplicates come as one answer. With `mmr` or `group` an answer ends with what is
+        made of its best 1,000 rows. `exact`: look at every vector; otherwise graphs are asked where that was faster
+        when the index was published, and what they find is scored exactly.
+
+        Raises:
+            ValueError: a vector or mask of another shape, k < 1, offset < 0, or mmr outside 0..1.
+            QueryError (a ValueError): a query or filter that this index cannot answer; UnknownName, one of them: a
+                filter by a name that no row has. BadImage: a picture that does not decode. ArtifactMissing, UsageError,
+                EngineUnavailable: nothing here can embed a text or a picture.
+        """
+        if k < 1 or offset < 0:
+            raise ValueError(f"k is {k} and offset {offset}; expected at least 1 and at least 0")
+        if mmr is not None and not 0 <= mmr <= 1:
+            raise ValueError(f"mmr is {mmr}; expected 0 (variety alone) to 1 (the plain order)")
+        query_d = self.embed(query)
+        passing = self.passing(where)
+        if passing is not None:
+            allowed = passing if allowed is None else passing & allowed
+        total = self.generation.rows if allowed is None else int(np.count_nonzero(allowed))
+        ordered = mmr is not None or group
+        rows, scores, looked_at_all = self._nearest(query_d, POOL if ordered else offset + k, allowed, exact)
+        if threshold is not None:
+            rows, scores = rows[scores >= threshold], scores[scores >= threshold]
+        groups = [[position] for position in range(len(rows))]
+        if ordered:
+            vectors = self._scan.gather(rows)
+            groups = near_duplicates(vectors) if group else groups
+            if mmr is not None:
+                heads = np.array([positions[0] for positions in groups], np.int64)
+                order = marginal_relevance(vectors[heads], scores[heads], mmr, offset + k)
+                groups = [groups[number] for number in order]
+        page = groups[offset : offset + k]
+        best = np.array([positions[0] for positions in page], np.int64)
+        return Found(
+            rows[best], scores[best], looked_at_all, self.generation, total, query_d, self._background,
+            [rows[positions] for positions in page] if group else None,
+        )  # fmt: skip
+
+    def passing(self, where: Where) -> npt.NDArray[np.bool_] | None:
+        """(rows,) which rows of the index pass; None: all of them, because nothing is asked."""
+        return None if where == EVERYTHING else self._filters.mask(where)
+
+    def facets(
+        self, where: Where = EVERYTHING, fields: Sequence[str] | None = None
+    ) -> dict[str, list[tuple[str, int]]]:
+        """Per field the values among the rows that pass `where`, with counts, the most frequent first, at most 200. A
+        field is a metadata column (default: `facet_columns`), or `taxon` or `licence` for the column that has them. To
+        offer other choices of a field, leave it out of `where`.
+
+        Raises:
+            QueryError: a column that is not there, holds numbers or has too many different values; or as `search`.
+        """
+        return self._filters.facets(where, self.facet_columns if fields is None else fields)
+
+    @property
+    def facet_columns(self) -> list[str]:
+        """Metadata columns that are worth a list to choose from."""
+        return self._filters.columns.facets
+
+    @property
+    def facet_fields(self) -> list[str]:
+        """Of `label`, `taxon` and `licence` those with something to choose from: names of filters, for `facets` too."""
+        return self._filters.facet_fields
+
+    def vectors(self, rows: Rows) -> npt.NDArray[np.float16]:
+        """(len(rows), d) the vectors of these rows, to ask for more like them."""
+        return self._scan.gather(rows)
+
+    def embed(self, query: str | bytes | Path | Vector | Query) -> Vector:
+        """(d,) the unit vector of a question.
+
+        Raises:
+            As `search`.
+        """
+        match query:
+            case Query():
+                vectors = [self._term(term, query.templates) for term in query.terms]
+                query_d = combine(vectors, [term.weight for term in query.terms])
+            case str():
+                return self.embed(self.parse(query))
+            case bytes():
+                query_d = self._term(Term(picture=query))
+            case Path():
+                query_d = self._term(Term(picture=query.read_bytes()))
+            case _:
+                query_d = query
+        check_query(query_d, self.generation.dim)
+        return query_d
+
+    def _term(self, term: Term, templates: Sequence[str] = WORD_FOR_WORD) -> Vector:
+        picture = term.picture
+        if term.vector is not None:
+            return term.vector
+        if term.text is not None:
+            with self._engine_lock:
+                sentences = self._texts.embed([template.replace("{}", term.text) for template in templates])
+            return combine(list(sentences), [1 / len(sentences)] * len(sentences))
+        if term.file is not None:
+            picture = sys.stdin.buffer.read() if term.file == "-" else Path(term.file).read_bytes()
+        if picture is not None:
+            with self._engine_lock:
+                picture_1d = self._pictures.embed(picture)
+            picture_d: Vector = picture_1d[0]
+            return picture_d
+        row = term.row
+        if term.key is not None:
+            row = self._filters.columns.row_of_key(term.key)
+        if row is None or not 0 <= row < self.generation.rows:
+            raise QueryError(f"row {row} is not in the index; it has {self.generation.rows} rows, the first is 0")
+        row_d: Vector = self._scan.gather(np.array([row]))[0]
+        return row_d
+
+    def _nearest(
+        self, query_d: Vector, count: int, allowed: npt.NDArray[np.bool_] | None, exact: bool
+    ) -> tuple[Rows, Scores, bool]:
+        """The best rows, their cosines, and whether every vector was looked at."""
+        if self._graphs is not None and self._ann_pays and allowed is None and not exact and count <= ANN_K_MAX:
+            nearest = self._graphs.nearest(query_d, count)
+            if nearest is not None:
+                return *nearest, False
+        return *self._scan.nearest(query_d, count, allowed), True
+
+    @cached_property
+    def _filters(self) -> Filters:
+        from pipeline.search.filters import Filters  # 0.2 s for pyarrow, for those alone who filter
+
+        return Filters(self.generation)
+
+    @cached_property
+    def _background(self) -> Background:
+        return Background(self._scan)
+
+    @cached_property
+    def artifact(self) -> Artifact:
+        return artifact_of(self.generation, self._model)
+
+    @cached_property
+    def _texts(self) -> TextEmbedder:
+        return TextEmbedder(self.artifact)
+
+    @cached_property
+    def _pictures(self) -> PictureEmbedder:
+        return PictureEmbedder(self.artifact)
+
+
+def open_checked(index: Path) -> Generation:
+    """The current generation; small ones are checked byte by byte, large ones by the sizes of their files.
+
+    Raises:
+        NoIndex, StoreDamaged: with what was expected and what to run. Never zeros in place of vectors.
+    """
+    generation = Generation.open(index)
+    if sum(block.emb_nd.nbytes for block in generation.blocks()) <= DIGEST_CHECK_BYTES:
+        generation.close()
+        generation = Generation.open(index, "digest")
+    return generation
+
+
+def artifact_of(generation: Generation, model: str | None) -> Artifact:
+    """The artifact whose vectors this index holds.
+
+    Raises:
+        ArtifactMissing, UsageError: it is not here, or `model` names another one.
+    """
+    artifact = find_artifact(model or str(generation.spec["model"]))
+    if artifact.spec.space != generation.space:
+        raise UsageError(
+            f"the index holds vectors of {generation.spec['model']} in space {generation.space}, the artifact of "
+            f"{artifact.spec.model} makes space {artifact.spec.space}: their vectors cannot be compared"
+        )
+    return artifact

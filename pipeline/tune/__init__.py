@@ -1,0 +1,1 @@
+"""The fastest setting of a host, found on the user's own pictures."""

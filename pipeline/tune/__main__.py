@@ -1,0 +1,5 @@
+import sys
+
+from pipeline.tune.tuner import main
+
+sys.exit(main())

@@ -1,0 +1,1 @@
+"""Names what is wrong in an index, and repairs it."""

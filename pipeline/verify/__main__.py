@@ -1,0 +1,5 @@
+import sys
+
+from pipeline.verify.command import main
+
+sys.exit(main())
