@@ -56,7 +56,7 @@ def test_every_part_names_a_function_and_none_needs_a_gpu_library_to_import() ->
     subprocess.run([sys.executable, "-c", code], check=True, cwd=ROOT)
     for check in CHECKS:
         name, function = check.probe.split(":")
-        assert callable(getattr(importlib.import_module(f"pipeline.{name}"), function)), check.name
+        assert callable(getattr(importlib.import_module(f"pipeline.gpu_check.{name}"), function)), check.name
     names = [check.name for check in CHECKS]
     assert len(set(names)) == len(names)
     assert {name[0] for name in names if name[1] == " "} == set("abcdefg")
