@@ -90,10 +90,6 @@ class Event:
     def synchronize(self) -> None:
         _call("cudaEventSynchronize", self.handle)
 
-    def elapsed_ms(self, since: Event) -> float:
-        """GPU time from `since` to this event; both must have passed."""
-        return float(_call("cudaEventElapsedTime", since.handle, self.handle))
-
 
 class DeviceArray:
     """A contiguous array on the GPU. `ready` is recorded by whoever fills it, on its own stream, as its last act."""

@@ -75,8 +75,13 @@ def confined(memory_bytes: int) -> Connection:
     resource.setrlimit(resource.RLIMIT_CORE, (0, 0))
     for number in (signal.SIGINT, signal.SIGTERM):  # the parent decides
         signal.signal(number, signal.SIG_IGN)
-    pr_set_pdeathsig = 1
-    ctypes.CDLL(None).prctl(pr_set_pdeathsig, signal.SIGKILL)
+    die_with_parent()
     conn = Connection(int(sys.argv[1]))
     conn.send_bytes(b"ready")  # to a parent that died before we asked, this fails
     return conn
+
+
+def die_with_parent() -> None:
+    """Linux: from now on the kernel kills this process when its parent dies, however it dies."""
+    pr_set_pdeathsig = 1
+    ctypes.CDLL(None).prctl(pr_set_pdeathsig, signal.SIGKILL)

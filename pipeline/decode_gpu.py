@@ -31,10 +31,9 @@ from engines.spec import Preprocess
 from pipeline.batch import DeviceUnavailable
 from pipeline.decode_cpu import JPEG_SCANS_MAX
 from pipeline.headers import end_is_missing, read_jpeg_header
+from pipeline.setting import HARDWARE_SHARE
 
 DECODER = "nvimgcodec"
-# Of a batch, to the hardware engine; the hybrid decoder shares the rest with the CPU. NVIDIA's DALI uses this value.
-HARDWARE_SHARE = 0.65
 THIN = 16  # 1 x 60,000 pixels would be resized to 224 x 13 million; the CPU stage computes the crop alone
 END_OF_IMAGE = b"\xff\xd9"
 START_OF_SCAN = re.compile(rb"\xff\xda")  # a third of the time that bytes.count takes, and it stops at the limit
@@ -63,14 +62,17 @@ def gpu_pixels(encoded: bytes, pre: Preprocess) -> int:
 class Codec:
     """nvImageCodec, for one thread at a time: two threads in one Decoder get None or "Broken promise"."""
 
-    def __init__(self, threads: int, stream: int | None) -> None:
-        """`stream` is the CUDA stream pictures are ordered on, and must outlive them. None: CPU only, host memory."""
+    def __init__(self, threads: int, stream: int | None, hardware_share: float = HARDWARE_SHARE) -> None:
+        """`stream` is the CUDA stream pictures are ordered on, and must outlive them. None: CPU only, host memory.
+
+        `hardware_share` of a batch goes to the hardware engine; the hybrid decoder shares the rest with the CPU.
+        """
         self.stream = stream
         kinds = {nvimgcodec.CPU_ONLY: 1.0}
         if stream is not None:
             if "libnvjpeg.so" not in Path("/proc/self/maps").read_text():  # it says so on stderr, and uses the CPU
                 raise DeviceUnavailable("nvImageCodec found no nvJPEG: pip install 'nvidia-nvimgcodec-cu13[nvjpeg]'")
-            kinds = {nvimgcodec.HW_GPU_ONLY: HARDWARE_SHARE, nvimgcodec.HYBRID_CPU_GPU: 1.0, **kinds}
+            kinds = {nvimgcodec.HW_GPU_ONLY: hardware_share, nvimgcodec.HYBRID_CPU_GPU: 1.0, **kinds}
         self._decoder = nvimgcodec.Decoder(
             device_id=nvimgcodec.NVIMGCODEC_DEVICE_CPU_ONLY if stream is None else 0, max_num_cpu_threads=threads,
             backends=[nvimgcodec.Backend(kind, load_hint=share) for kind, share in kinds.items()],

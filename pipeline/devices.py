@@ -204,11 +204,9 @@ def open_stages(spec: LaneSpec, board: Board, engine: Engine) -> Any:
         from pipeline.stages_cpu import CpuStages
 
         return CpuStages(spec.preprocess, spec.decode_threads, board)
-    from pipeline import decode_gpu
     from pipeline.stages_gpu import GpuStages, canary
 
-    decode_gpu.HARDWARE_SHARE = spec.hardware_share  # this process has one lane, and makes one codec
-    stages = GpuStages(spec.preprocess, spec.decode_threads, board)
+    stages = GpuStages(spec.preprocess, spec.decode_threads, board, spec.hardware_share)
     buffers = [cast(DeviceArray, engine.input(slot)) for slot in range(engine.slots)]
     canary(stages, Artifact.open(spec.artifact_path), buffers)
     return stages

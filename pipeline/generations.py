@@ -11,6 +11,7 @@ import argparse
 import json
 import logging
 import os
+import sqlite3
 import sys
 import time
 from dataclasses import asdict, dataclass
@@ -91,7 +92,7 @@ def main(argv: list[str] | None = None) -> int:
         return _fail(USAGE, error)
     except Locked as error:
         return _fail(LOCKED, error)
-    except (StoreError, OSError) as error:
+    except (StoreError, OSError, sqlite3.Error) as error:
         return _fail(FAILED, error)
     if args.json:
         print(json.dumps({"index": str(index), "generations": [asdict(one) for one in kept]}))

@@ -10,9 +10,9 @@ only queue work, and the encoder waits once per batch, in `engine.result`. Queue
 
 from __future__ import annotations
 
-import ctypes
 import faulthandler
 import logging
+import multiprocessing
 import os
 import queue
 import signal
@@ -30,6 +30,7 @@ import numpy as np
 import numpy.typing as npt
 
 from pipeline.batch import Batch, Failure
+from pipeline.child import die_with_parent
 from pipeline.devices import last_words, open_lane_engine, open_stages
 from pipeline.lanes import (
     ENGINE_SLOTS_MAX,
@@ -74,7 +75,7 @@ class Work:
 
 def lane_main(spec: LaneSpec, conn: Connection, board: Board) -> None:
     """Entry point of the child process."""
-    _die_with_parent()
+    _die_with_coordinator()
     for number in (signal.SIGINT, signal.SIGTERM):  # the coordinator decides; it sets the board's stop flag
         signal.signal(number, signal.SIG_IGN)
     try:
@@ -327,9 +328,9 @@ def _batches_in(running: deque[tuple[Work, Batch | None]]) -> int:
     return sum(batch is not None for _, batch in running)
 
 
-def _die_with_parent() -> None:
-    """Linux: kill this process when the coordinator dies, however it dies, so that no orphan writes a shard."""
-    pr_set_pdeathsig = 1
-    ctypes.CDLL(None).prctl(pr_set_pdeathsig, signal.SIGKILL)
-    if os.getppid() == 1:  # it died before we asked
+def _die_with_coordinator() -> None:
+    """So that no orphan writes a shard."""
+    die_with_parent()
+    coordinator = multiprocessing.parent_process()
+    if coordinator is None or os.getppid() != coordinator.pid:  # it died before we asked; in a container it may be 1
         os._exit(1)

@@ -22,7 +22,7 @@ FILE = "tuned.json"
 # Batches read ahead. On a GPU, 8 of 256 pictures last about as long as the coordinator takes to commit 4,096 rows
 # (0.1 s on a quiet disk), for it answers no claim meanwhile.
 LEAD_BATCHES = {"cpu": 2, "gpu": 8}
-HARDWARE_SHARE = 0.65  # see pipeline.decode_gpu
+HARDWARE_SHARE = 0.65  # see pipeline.decode_gpu; NVIDIA's DALI uses this value
 OTHERS_MAX = 0.1  # of the CPU time: a search beside more than that found a good setting by luck
 MEMORY_TOLERANCE = 0.05  # the same virtual machine reports a little more or less after each start
 CGROUP_LIMITS = (Path("/sys/fs/cgroup/memory.max"), Path("/sys/fs/cgroup/memory/memory.limit_in_bytes"))

@@ -36,6 +36,7 @@ from engines.memory_gpu import (
 from engines.spec import Artifact, Preprocess
 from pipeline.batch import Batch, DeviceUnavailable, Posted
 from pipeline.decode_gpu import DECODER, Codec, gpu_pixels
+from pipeline.setting import HARDWARE_SHARE
 from pipeline.stages_cpu import CpuStages
 
 CACHE_BYTES = 1 << 30  # CV-CUDA keeps freed buffers by exact shape, by default up to half of the GPU
@@ -73,7 +74,9 @@ class OnStream:
 class GpuStages:
     """One per lane, on the GPU this process sees; `threads` for what stays on the CPU. For one thread at a time."""
 
-    def __init__(self, pre: Preprocess, threads: int, posted: Posted | None = None) -> None:
+    def __init__(
+        self, pre: Preprocess, threads: int, posted: Posted | None = None, hardware_share: float = HARDWARE_SHARE
+    ) -> None:
         cvcuda.set_cache_limit_inbytes(CACHE_BYTES)
         self.pre = pre
         self.stream = Stream()
@@ -81,7 +84,7 @@ class GpuStages:
         levels = 255 * np.array([pre.mean, pre.std], np.float32)
         self.base, self.scale = self._constant(levels[0]), self._constant(1 / levels[1])
         with told_out_of_memory("the decoder"):
-            self.codec = Codec(threads, self.stream.handle)
+            self.codec = Codec(threads, self.stream.handle, hardware_share)
             self.black = self.codec.upload(np.zeros((pre.size, pre.size, 3), np.uint8))  # stands in for rows of the CPU
         self.slots: dict[int, Slot] = {}
         self.on_cpu = CpuStages(pre, threads, posted)

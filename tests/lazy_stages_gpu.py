@@ -31,8 +31,8 @@ class LazyCodec(Codec):
     runtime: LazyRuntime
     spoil: Callable[[npt.NDArray[np.uint8]], npt.NDArray[np.uint8]] | None = None
 
-    def __init__(self, threads: int, stream: int | None) -> None:
-        super().__init__(threads, None)
+    def __init__(self, threads: int, stream: int | None, hardware_share: float) -> None:
+        super().__init__(threads, None, hardware_share)
         assert stream is not None
         self.queue = stream
 

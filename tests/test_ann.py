@@ -24,11 +24,12 @@ from test_store_crash import STEPS, in_fork
 
 from pipeline.run_record import Clock
 from pipeline.search.index import Index
-from pipeline.store import Generation, Store, StoreDamaged, Turn, ann, fold, manifest, show_generation, store
+from pipeline.store import Block, Generation, Store, StoreDamaged, Turn, ann, fold, manifest, show_generation, store
 from pipeline.store.check import Health, check_data, open_readonly
 from pipeline.store.check_shown import check_generations
 from pipeline.store.drop import drop_broken, drop_generations
-from pipeline.store.scan import score
+from pipeline.store.graphs import Graphs
+from pipeline.store.scan import Scan, score
 
 QUERIES = np.stack([vector_of(b"question %d" % number) for number in range(40)])
 
@@ -176,6 +177,33 @@ def test_where_all_neighbours_died_the_next_ones_are_found(tmp_path: Path, monke
         assert len(graph_names(tmp_path)) == 1
         with opened(tmp_path) as index:
             assert index.search(query, 9).keys == near[dead : dead + 9]
+
+
+def test_what_no_link_of_a_graph_leads_to_is_found_all_the_same(tmp_path: Path) -> None:
+    """USearch drops links between vectors that are nearly the same until nothing leads to some of them any more."""
+    from pipeline.store.usearch_lib import Index as Graph
+
+    dim, rows, unreached = 64, 60, 0
+    for seed in range(200):
+        chance = np.random.default_rng(seed)
+        wide = chance.standard_normal(dim) + 0.02 * chance.standard_normal((rows, dim))
+        emb_nd = (wide / np.linalg.norm(wide, axis=1, keepdims=True)).astype(np.float16)
+        graph = Graph(ndim=dim, metric="ip", dtype="f16", connectivity=ann.CONNECTIVITY,
+                      expansion_add=ann.EXPANSION_ADD, enable_key_lookups=False)  # fmt: skip
+        keys = np.arange(rows, dtype=np.uint64)
+        graph.add(keys, emb_nd, threads=1)
+        found = graph.search(emb_nd[0], rows)
+        if np.count_nonzero(~np.isnan(found.distances)) == rows:
+            continue
+        unreached += 1
+        np.save(tmp_path / "vectors.npy", emb_nd)
+        mapped = np.load(tmp_path / "vectors.npy", mmap_mode="r")
+        scan = Scan([Block("vectors.npy", mapped, 0, np.array([[0, rows]]))])
+        graphs = Graphs([graph], np.stack([keys, keys]), np.empty(0, np.int64), scan, 512)
+        assert graphs.nearest(emb_nd[0], 10) is None, "an exact search is asked for"
+        graphs.close()
+        scan.close()
+    assert unreached, "no graph of 200 had such a row"
 
 
 @pytest.mark.usefixtures("graphs")

@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 import importlib.util
+import json
 import re
+import shutil
 import subprocess
 import sys
 from pathlib import Path
@@ -11,6 +13,7 @@ from typing import Any
 
 import pytest
 import yaml
+from pictures import write_folder
 
 ROOT = Path(__file__).resolve().parents[1]
 DOCKERFILE = (ROOT / "docker/Dockerfile").read_text()
@@ -70,6 +73,19 @@ def test_nightly_services_run_our_commands_offline_and_unprivileged() -> None:
         assert service["user"].endswith(":-10001:10001}"), name
         assert service["cap_drop"] == ["ALL"], name
         assert service["restart"] == "no", "an exit code is an answer: a restart would hide it"
+
+
+def test_the_first_process_of_a_container_has_lanes(tiny_model: Path, tmp_path: Path) -> None:
+    """Kubernetes starts a command as process 1, without an init: a lane must not take that for a dead coordinator."""
+    alone = ["unshare", "--user", "--map-root-user", "--pid", "--fork", "--mount-proc"]
+    if shutil.which("unshare") is None or subprocess.run([*alone, "true"], capture_output=True).returncode:
+        pytest.skip("no process namespace can be made here (unshare)")
+    write_folder(tmp_path / "pictures", 3)
+    options = ["--source", "folder", "--root", tmp_path / "pictures", "--out", tmp_path / "index", "--json"]
+    command = [*alone, sys.executable, "-m", "pipeline.index", *map(str, options), "--model", str(tiny_model)]
+    done = subprocess.run(command, capture_output=True, text=True, cwd=ROOT)
+    assert done.returncode == 0, done.stderr
+    assert json.loads(done.stdout.splitlines()[-1])["embedded"] == 3
 
 
 def test_health_names_what_is_wrong(tmp_path: Path) -> None:

@@ -203,7 +203,7 @@ def test_two_nights_at_once(night: Night) -> None:
     shutil.rmtree(world.out)
     shutil.copytree(night.base, world.out, symlinks=True)
     order = world.night()
-    command = [sys.executable, "-m", order.module, *order.argv]
+    command = [sys.executable, "-m", "pipeline.nightly", *order.argv]
     both = [subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True) for _ in range(2)]
     told = [process.communicate() for process in both]
     codes = [process.returncode for process in both]

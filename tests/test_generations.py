@@ -110,6 +110,11 @@ def test_what_cannot_be_shown_is_said(out: Path, tmp_path: Path) -> None:
     assert generations(out, "--show", "1").code == 4
     assert generations(out).code == 0, "looking needs no lock"
     os.close(held)
+    (out / "manifest.sqlite").write_bytes(b"no database at all" * 100)
+    ran = generations(out, "--show", "1")
+    assert (ran.code, "Traceback" in ran.stderr) == (1, False), ran.stderr
+    assert "manifest.sqlite: expected a sound SQLite file" in ran.stderr
+    assert "Restore manifest.sqlite from a backup" in ran.stderr
 
 
 def test_a_new_model_is_shown_when_it_is_complete(out: Path) -> None:

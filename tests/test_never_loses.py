@@ -109,6 +109,7 @@ def test_interrupted_politely_keeps_what_is_done(photos: Path, tmp_path: Path, t
 def test_two_runs_at_once_are_refused(photos: Path, tmp_path: Path, tiny_model: Path) -> None:
     child = start(photos, tmp_path / "index", "--model", tiny_model)
     wait_for_words(child, "pictures to embed")
+    child.send_signal(signal.SIGSTOP)  # else it may have ended before the second one asks for the lock
     assert index(photos, tmp_path / "index", "--model", tiny_model).code == 4
     child.kill()
     child.communicate()

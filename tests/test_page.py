@@ -59,6 +59,8 @@ def write_tar(path: Path, folder: Path, keys: list[str]) -> None:
     with tarfile.open(path, "w", format=tarfile.PAX_FORMAT) as tar:
         for number, key in enumerate(keys):
             known = {"label": key.split("/")[0].replace("-", " "), "license": LICENCES[number % 3]}
+            known["class"] = "Round" if "circle" in key or "ring" in key else "Straight"
+            known["date"] = f"{2010 + number % 10}-06-30"
             known["rights_holder"] = HOSTILE if number % 5 == 0 else "Maximiliane Featherstonehaugh-Abernathy"
             known["license_url"] = "https://creativecommons.org/licenses/"
             stem, kind = key.rsplit(".", 1)
@@ -318,6 +320,24 @@ def test_what_is_no_picture_is_refused_in_words(visit: Open, tmp_path: Path) -> 
     visitor.errors.clear()
 
 
+def test_more_like_this_keeps_the_filters(visit: Open) -> None:
+    visitor = visit()
+    visitor.open("?q=a+yellow+cross&taxon=Straight&date_to=2018")
+    visitor.page.locator("#grid .open").first.click()
+    visitor.page.locator("#view-alike").click()
+    visitor.page.wait_for_url("**similar=*")
+    visitor.wait_for_answer()
+    assert visitor.address["taxon"] == "Straight"
+    assert visitor.address["date_to"] == "2018"
+    assert not any(label.endswith(("circle", "ring")) for label in visitor.labels)
+    visitor.page.locator("summary", has_text="Label").click()
+    choice = visitor.page.locator(".menu button", has_text="yellow cross")
+    count = choice.locator("span").inner_text()
+    choice.click()
+    visitor.wait_for_words("#status", f"^{count} picture")
+    assert set(visitor.labels) == {"yellow cross"}
+
+
 def test_more_like_this_from_a_tile_and_back(visit: Open) -> None:
     visitor = visit()
     visitor.open("?q=a+yellow+cross")
@@ -358,9 +378,43 @@ def test_filters_have_counts_narrow_the_answer_and_stand_in_the_address(visit: O
     visitor.page.locator("#active button", has_text="Label: red circle").click()
     visitor.wait_for_words("#status", f"^{count} pictures")
     visitor.page.goto(visitor.page.url + "&label=nowhere")
-    visitor.wait_for_words("#notice", "No picture passes these filters")
+    visitor.wait_for_words("#notice", "No picture has the label 'nowhere'; there are e.g. [a-z ,]+[.]")
     visitor.page.locator("#notice button").click()
     visitor.wait_for_words("#status", f"^{PICTURES + 2} pictures")
+
+
+def test_filters_are_written_where_there_is_nothing_to_choose_from(visit: Open) -> None:
+    visitor = visit()
+    visitor.open("?q=a+shape&label=red+ring")
+    menu = visitor.page.locator("form.menu")
+
+    def write(name: str, value: str) -> None:
+        visitor.page.locator("summary", has_text="More filters").click()
+        menu.locator(f"[name={name}]").fill(value)
+        visitor.page.keyboard.press("Enter")
+
+    write("taxon", "rond")
+    visitor.wait_for_words("#notice", "No picture has the taxon 'rond'; near it: Round")
+    write("taxon", " round ")
+    visitor.wait_for_words("#status", "^4 pictures")
+    assert visitor.address == {"q": "a shape", "label": "red ring", "taxon": "round"}
+    visitor.page.locator("#active button", has_text="Label").click()
+    visitor.wait_for_words("#status", f"^{PICTURES // 6 * 2} pictures")
+    write("key", "*/red-ring/*")
+    visitor.wait_for_words("#status", "^4 pictures")
+    assert set(visitor.labels) == {"red ring"}
+    write("date_from", "soon")
+    assert "date_from" not in visitor.address, "the browser says what a date looks like"
+    menu.locator("[name=date_from]").fill("2010")
+    menu.locator("[name=date_to]").fill("2019-06-29")
+    assert not grave_trouble(visitor.page)
+    visitor.page.keyboard.press("Enter")
+    visitor.wait_for_words("#active", "Until: 2019-06-29")
+    visitor.wait_for_answer()
+    assert menu.locator("[name=key]").input_value() == "*/red-ring/*", "what is in force stands in its box"
+    write("date_from", "")
+    visitor.page.wait_for_url(re.compile("^[^?]+[?](?!.*date_from)"))
+    assert visitor.address["date_to"] == "2019-06-29"
 
 
 def test_the_grid_fills_as_one_scrolls_and_every_picture_comes_once(visit: Open) -> None:
@@ -454,8 +508,10 @@ def test_all_of_it_works_by_keyboard(visit: Open) -> None:
         ("End", None),
         ("Home", 0),
     ):
+        last = len(visitor.labels) - 1  # at least: more tiles come as the end comes into sight
         keys.press(key)
-        assert visitor.focused() == (len(visitor.labels) - 1 if place is None else place), key
+        focused = visitor.focused()
+        assert focused >= last if place is None else focused == place, key
     outline = visitor.page.evaluate("getComputedStyle(document.activeElement).outlineWidth")
     assert outline == "3px", "the focus can be seen"
     keys.press("Enter")
@@ -485,7 +541,7 @@ def test_a_slow_answer_says_so_and_leaves_no_hole(visit: Open) -> None:
     visitor = visit()
     held: list[Any] = []
     visitor.page.route("**/api/search?*", lambda route: held.append(route), times=1)
-    visitor.page.goto(visitor.site.url + "?q=a+ring")
+    visitor.page.goto(visitor.site.url + "?q=a+blue+ring")
     visitor.page.locator(".skeleton").first.wait_for()
     first_px = visitor.page.locator("#grid li").first.bounding_box()
     assert visitor.page.locator("#results").get_attribute("aria-busy") == "true"
@@ -507,7 +563,7 @@ def test_an_error_is_told_in_its_own_words_and_can_be_tried_again(visit: Open) -
     visitor.page.locator("#notice button").click()
     visitor.wait_for_words("#notice.bad", "cannot be reached")
     visitor.page.unroute("**/api/search?*")
-    visitor.ask("a ring")
+    visitor.ask("a blue ring")
     visitor.wait_until_calm()
     assert visitor.page.locator("#notice").inner_text() == ""
     visitor.page.route("**/api/search?*", refuse(500, "the disk is gone"))
@@ -547,18 +603,23 @@ def test_one_is_told_how_to_sign_in_again(visit: Open) -> None:
     visitor.errors.clear()
 
 
-def test_where_nothing_fits_well_that_is_said(visit: Open) -> None:
+@pytest.mark.parametrize(("relevance", "said"), [(0.49, "No picture stands out"), (0.51, "^$")])
+def test_where_nothing_stands_out_that_is_said(visit: Open, relevance: float, said: str) -> None:
     visitor = visit()
 
-    def weaken(route: Any) -> None:
+    def answer_so(route: Any) -> None:
         answer = route.fetch().json()
-        answer["hits"] = [{**hit, "relevance": 0.3} for hit in answer["hits"]]
+        answer["hits"] = [{**hit, "relevance": relevance} for hit in answer["hits"]]
         route.fulfill(json=answer)
 
-    visitor.page.route("**/api/search?*", weaken)
+    visitor.page.route("**/api/search?*", answer_so)
     visitor.open("?q=a+tax+form")
-    visitor.wait_for_words("#notice", "No picture fits this well")
     visitor.wait_until_calm()
+    assert re.search(said, visitor.page.locator("#notice").inner_text())
+    tile = visitor.page.locator("#grid li").first
+    assert tile.locator(".score span").inner_text() == str(round(100 * relevance))
+    bar = "one => one.firstElementChild.getBoundingClientRect().width / one.getBoundingClientRect().width"
+    assert tile.locator(".meter").evaluate(bar) == pytest.approx(relevance, abs=0.01)
 
 
 def test_a_picture_that_has_gone_leaves_its_place_and_words(visit: Open) -> None:
@@ -590,6 +651,7 @@ def test_a_new_generation_while_one_looks(visit: Open, site: Site, drawn: Path) 
         visitor.wait_for_words("#status", f"^{PICTURES + 2 + 6} pictures")
         assert visitor.page.locator("#notice").inner_text() == ""
     finally:
+        visitor.page.close()  # it would ask for pictures that leave now
         (site.root / "later.tar").unlink()
         site.index()
         wait_until(lambda: about(site)["rows"] == PICTURES + 2, 30.0, "the last generation")

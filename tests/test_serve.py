@@ -85,7 +85,24 @@ def test_filters_and_weights_are_those_of_the_index(service: Service, opened: In
     nothing = service.http.get("/api/search", params={"q": "a bird", "label": "evn"}).json()
     assert (nothing["total"], nothing["hits"]) == (0, [])
     assert "near it: even" in nothing["note"]
-    assert service.http.get("/api/about").json()["facets"] == opened.facet_fields == ["label"]
+    about = service.http.get("/api/about").json()
+    assert about["facets"] == opened.facet_fields == ["label"]
+    assert about["filters"] == opened.filter_fields == ["label", "key"]
+
+
+@pytest.mark.parametrize("mmr", [{}, {"mmr": 0.5}])
+def test_more_like_this_is_narrowed_like_any_question(service: Service, opened: Index, mmr: dict[str, float]) -> None:
+    """The picture that is the question is neither answered nor counted, whether it passes the filters or not."""
+    number = id_of(opened, "odd/00003.jpg")
+    for label, total in (("odd", 19), ("even", 20)):
+        asked = {"label": label, "facets": "label", "k": 7, **mmr}
+        pages = [service.http.get(f"/api/similar/{number}", params={**asked, "offset": at}).json() for at in (0, 7, 14)]
+        keys = [hit["key"] for page in pages for hit in page["hits"]]
+        assert (len(keys), len(set(keys))) == (total, total)
+        assert all(key.startswith(f"{label}/") and key != "odd/00003.jpg" for key in keys)
+        assert [page["total"] for page in pages] == [total] * 3
+        assert pages[0]["facets"] == {"label": [[label, total]]}
+    assert "near it: even" in service.http.get(f"/api/similar/{number}?label=evn").json()["note"]
 
 
 def test_a_threshold_leaves_out_what_is_below(service: Service) -> None:

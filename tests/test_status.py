@@ -131,6 +131,7 @@ def test_an_index_that_cannot_be_looked_at_says_why(tmp_path: Path) -> None:
     (tmp_path / "manifest.sqlite").write_bytes(b"no database at all" * 100)
     ran = look(tmp_path)
     assert (ran.code, "Traceback" in ran.stderr) == (1, False), ran.stderr
+    assert "Restore manifest.sqlite from a backup" in ran.stderr
 
 
 def test_names_do_not_speak_to_the_terminal(tmp_path: Path) -> None:

@@ -26,7 +26,6 @@ from store_model import (
 from pipeline.store import (
     Generation,
     NoIndex,
-    Store,
     content_hash,
     fold,
     map_embeddings,
@@ -149,8 +148,6 @@ def test_publishing_is_idempotent_and_keeps_three(tmp_path: Path) -> None:
     assert os.readlink(tmp_path / "index.h5") == "current/index.h5"
     assert run(tmp_path, {}) == 5
     assert_shows(tmp_path, {})
-    with Store.open(tmp_path, SPACE, DIM) as store:
-        assert store.write_run_report(7, {"a": 1}).read_text() == '{\n "a": 1\n}'
 
 
 def test_folding_drops_dead_rows_and_bounds_the_files(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

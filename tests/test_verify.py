@@ -8,6 +8,7 @@ import os
 import shutil
 import sqlite3
 from collections.abc import Callable
+from contextlib import closing
 from pathlib import Path
 from typing import Any
 
@@ -321,6 +322,17 @@ def test_a_damaged_manifest_is_named(out: Path, capsys: pytest.CaptureFixture[st
     (out / "manifest.sqlite").write_bytes(content)
     code, report = verify(capsys, "--out", out)
     assert (code, whats(report)) == (DAMAGED, {"manifest"})
+
+
+def test_a_manifest_of_another_version_is_refused_with_what_helps(
+    out: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    for schema, words in ((1, "any run of pipeline.index or pipeline.nightly into this index brings it up to date"),
+                          (99, "use the version that wrote it")):  # fmt: skip
+        with closing(sqlite3.connect(out / "manifest.sqlite")) as db, db:
+            db.execute("UPDATE meta SET value = ? WHERE key = 'schema'", (schema,))
+        code, report = verify(capsys, "--out", out)
+        assert (code, words in report["error"]) == (1, True), report
 
 
 def test_for_people_and_for_wrong_usage(out: Path, tmp_path: Path) -> None:

@@ -1,6 +1,7 @@
 """`python -m pipeline.bench.service`: the service under load, every answer compared with what it has to be.
 
-First one query after another over HTTP, in turns with the same questions to `pipeline.search.Index` in this process.
+First one query after another over HTTP, in turns with the same questions to `pipeline.search.Index` in this process,
+which then knows rows and cosines alone: its keys, metadata and relevance are not read, those of HTTP's answer are.
 Then many clients at a time on the loopback of this host: searches by words and pictures, thumbnails, embeddings, broken
 and oversized uploads, clients that leave in the middle, while the shown generation of a copy of the index is switched
 all the time. Every answer says which generation it is from, and must be that generation's. 503 is the one 5xx allowed.
@@ -41,7 +42,10 @@ RSS_GROWTH_MAX = 0.05
 
 
 async def latency(load: Load, index: Index) -> dict[str, float]:
-    """The same questions in turns, one at a time: over HTTP, and asked of the index with what describes the answer."""
+    """The same questions in turns, one at a time: over HTTP, with all that describes an answer, and asked of the index
+    of this process: embedding and search alone, no keys, metadata or relevance are read. (The ratio is so an upper
+    bound of what HTTP costs.)
+    """
     client, http_s, alone_s = Client(load.host, load.port), [], []
     for number in range(LATENCY_QUERIES):
         words = f"{QUERIES[number % len(QUERIES)]} {number}"
@@ -124,7 +128,8 @@ async def measure(folder: Path, clients: int, seconds: float) -> dict[str, Any]:
 
 def main(argv: list[str] | None = None) -> int:
     parser = argparse.ArgumentParser(
-        prog="python -m pipeline.bench.service", description=__doc__,
+        prog="python -m pipeline.bench.service",
+        description=__doc__,
         formatter_class=argparse.RawDescriptionHelpFormatter,
     )
     parser.add_argument("--index", type=Path, required=True, help="with some kept generations; a copy of it is served")

@@ -14,26 +14,21 @@ import time
 from collections.abc import Mapping
 from contextlib import suppress
 from dataclasses import dataclass, field
-from io import BytesIO
 from multiprocessing.connection import Connection
 from types import TracebackType
 from typing import Any, NamedTuple
 from urllib.parse import quote_from_bytes, unquote_to_bytes
 
-from PIL import Image, ImageFile, ImageOps
+from PIL import ImageFile
 
 from pipeline.batch import BadImage
 from pipeline.child import Child, confined
-from pipeline.decode_cpu import OPENERS
-from pipeline.headers import sniff
+from pipeline.rendering import MEMORY_BYTES, check_size, render
 from pipeline.sources import Source, SourceError, open_source
 
 EDGE_PX = 176  # shown at half of that on dense screens
-MEMORY_BYTES = 2 << 30  # of address space: libraries alone map 0.6 GB
 PICTURE_S, ALL_S = 5.0, 30.0  # a hang costs one picture, and many hangs cost no night
 START_S = 20.0  # imports on a busy machine
-ENCODED_BYTES_MAX = 64 << 20
-PIXELS_MAX = 100_000_000
 JPEG_QUALITY = 70
 
 
@@ -123,37 +118,12 @@ def _serve(conn: Connection) -> None:
             try:
                 if place not in sources:
                     sources[place] = open_source(kind, root, split=options.get("split"))
-                answer = b"jpeg " + _thumbnail(_read(sources[place], unquote_to_bytes(locator), size_bytes))
+                check_size(size_bytes)
+                encoded = sources[place].read(unquote_to_bytes(locator), size_bytes)
+                answer = b"jpeg " + render(encoded, EDGE_PX, "jpeg", JPEG_QUALITY)
             except (BadImage, SourceError, MemoryError) as error:
                 answer = f"none {error or 'it needs too much memory'}".encode()
             conn.send_bytes(answer)
-
-
-def _read(source: Source, locator: bytes, size_bytes: int) -> bytes:
-    if size_bytes > ENCODED_BYTES_MAX:
-        raise BadImage("too_large", f"{size_bytes >> 20} MB; thumbnails are made of up to {ENCODED_BYTES_MAX >> 20} MB")
-    return source.read(locator, size_bytes)
-
-
-def _thumbnail(encoded: bytes) -> bytes:
-    """What can be seen of it, upright, as a JPEG without metadata."""
-    kind = sniff(encoded)
-    if kind is None or kind not in OPENERS:
-        raise BadImage("not_an_image", "no picture inside")
-    try:
-        with OPENERS[kind].open(BytesIO(encoded)) as picture:
-            if picture.width * picture.height > PIXELS_MAX:
-                raise BadImage("too_large", f"{picture.width} x {picture.height} pixels")
-            picture.draft("RGB", (2 * EDGE_PX, 2 * EDGE_PX))
-            upright: Image.Image = ImageOps.exif_transpose(picture).convert("RGB")
-        upright.thumbnail((EDGE_PX, EDGE_PX), Image.Resampling.BICUBIC)
-        out = BytesIO()
-        upright.save(out, "JPEG", quality=JPEG_QUALITY)
-    except (BadImage, MemoryError):
-        raise
-    except Exception as error:  # Pillow raises a dozen kinds on broken data
-        raise BadImage("corrupt", f"{type(error).__name__}: {error}") from error
-    return out.getvalue()
 
 
 if __name__ == "__main__":

@@ -2,7 +2,7 @@
 
     filters = Filters(generation)
     allowed_n = filters.mask(Where(taxon="Aves", date=("2019", "2020-06"), key="train_mini/*"))     # a boolean per row
-    filters.facets(Where(taxon="Aves"), ["label", "license"])            # what there is to choose from, with counts
+    filters.facets(allowed_n, ["label", "license"])                      # what there is to choose from, with counts
 
 Names are compared without case. A name that no row has is an error with the nearest ones, not an empty answer.
 """
@@ -56,16 +56,14 @@ class Filters:
         return np.unpackbits(packed, count=self._rows).view(np.bool_)
 
     def facets(
-        self, where: Where, fields: Sequence[str], values_max: int = FACET_VALUES
+        self, allowed_n: Mask | None, fields: Sequence[str], values_max: int = FACET_VALUES
     ) -> dict[str, list[tuple[str, int]]]:
-        """Per field: the values among the rows that pass and their counts, the most frequent first. A field is a
-        column, or `taxon` or `licence` for the column that has them. To offer other choices of a field, leave it out
-        of `where`.
+        """Per field: the values among the rows that pass (None: all) and their counts, the most frequent first. A
+        field is a column, or `taxon` or `licence` for the column that has them.
 
         Raises:
             QueryError: a column that is not there, holds numbers, or has too many different values to count.
         """
-        allowed_n = self.mask(where)
         found = {}
         for name in fields:
             coded = self.columns.coded(self._choices(name))
@@ -81,6 +79,13 @@ class Filters:
     def facet_fields(self) -> list[str]:
         """`label`, `taxon` and `licence`, where there is something to choose from."""
         return [name for name in ("label", "taxon", "licence") if self._choices(name) in self.columns.facets]
+
+    @property
+    def fields(self) -> list[str]:
+        """Fields of `Where` that this index has columns for."""
+        needs = {name: [self._columns_of(name)[0]] for name in ("label", "taxon", "licence", "date")}
+        needs["box"] = ["latitude", "longitude"]
+        return [name for name, columns in needs.items() if set(columns) <= set(self.columns.names)] + ["key"]
 
     def _columns_of(self, field: str) -> Sequence[str]:
         """The columns that a field looks at, of those that are there."""

@@ -139,9 +139,7 @@ class Index:
         if mmr is not None and not 0 <= mmr <= 1:
             raise ValueError(f"mmr is {mmr}; expected 0 (variety alone) to 1 (the plain order)")
         query_d = self.embed(query)
-        passing = self.passing(where)
-        if passing is not None:
-            allowed = passing if allowed is None else passing & allowed
+        allowed = self.passing(where, allowed)
         total = self.generation.rows if allowed is None else int(np.count_nonzero(allowed))
         ordered = mmr is not None or group
         rows, scores, looked_at_all = self._nearest(query_d, POOL if ordered else offset + k, allowed, exact)
@@ -162,21 +160,28 @@ class Index:
             [rows[positions] for positions in page] if group else None,
         )  # fmt: skip
 
-    def passing(self, where: Where) -> npt.NDArray[np.bool_] | None:
-        """(rows,) which rows of the index pass; None: all of them, because nothing is asked."""
-        return None if where == EVERYTHING else self._filters.mask(where)
+    def passing(self, where: Where, allowed: npt.NDArray[np.bool_] | None = None) -> npt.NDArray[np.bool_] | None:
+        """(rows,) which rows of the index pass, of those that are allowed; None: all, because nothing is asked."""
+        if where == EVERYTHING:
+            return allowed
+        passing = self._filters.mask(where)
+        return passing if allowed is None or passing is None else passing & allowed
 
     def facets(
-        self, where: Where = EVERYTHING, fields: Sequence[str] | None = None
+        self,
+        where: Where = EVERYTHING,
+        fields: Sequence[str] | None = None,
+        *,
+        allowed: npt.NDArray[np.bool_] | None = None,
     ) -> dict[str, list[tuple[str, int]]]:
         """Per field the values among the rows that pass `where`, with counts, the most frequent first, at most 200. A
         field is a metadata column (default: `facet_columns`), or `taxon` or `licence` for the column that has them. To
-        offer other choices of a field, leave it out of `where`.
+        offer other choices of a field, leave it out of `where`. `allowed` as in `search`.
 
         Raises:
             QueryError: a column that is not there, holds numbers or has too many different values; or as `search`.
         """
-        return self._filters.facets(where, self.facet_columns if fields is None else fields)
+        return self._filters.facets(self.passing(where, allowed), self.facet_columns if fields is None else fields)
 
     @property
     def facet_columns(self) -> list[str]:
@@ -187,6 +192,11 @@ class Index:
     def facet_fields(self) -> list[str]:
         """Of `label`, `taxon` and `licence` those with something to choose from: names of filters, for `facets` too."""
         return self._filters.facet_fields
+
+    @property
+    def filter_fields(self) -> list[str]:
+        """Fields of `Where` that this index can answer."""
+        return self._filters.fields
 
     def vectors(self, rows: Rows) -> npt.NDArray[np.float16]:
         """(len(rows), d) the vectors of these rows, to ask for more like them."""

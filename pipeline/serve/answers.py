@@ -71,13 +71,14 @@ class Answers:
             {"id": number, "kind": scope.kind, "name": scope.root.rstrip("/").rpartition("/")[2]}
             for number, scope in shown.generation.sources.items()
         ]  # without the folders above: a page need not know how this host is laid out
-        facets = await self._threads.run(lambda: shown.questions.facet_fields)
+        questions = shown.questions
+        facets, filters = await self._threads.run(lambda: (questions.facet_fields, questions.filter_fields))
         return JSONResponse(
             {
                 "name": "nightjar", "generation": shown.number,
                 "published": shown.published.isoformat(timespec="seconds"),
                 "rows": shown.rows, "dim": spec.dim, "model": spec.model.rstrip("/").rpartition("/")[2],
-                "sources": sources, "facets": facets, "upload_bytes": self._upload_bytes,
+                "sources": sources, "facets": facets, "filters": filters, "upload_bytes": self._upload_bytes,
             }
         )  # fmt: skip
 

@@ -9,27 +9,22 @@ from __future__ import annotations
 import json
 from contextlib import suppress
 from functools import lru_cache
-from io import BytesIO
 from multiprocessing.connection import Connection
 from typing import Any
 from urllib.parse import unquote_to_bytes
 
 import numpy as np
-from PIL import Image, ImageFile, ImageOps
+from PIL import ImageFile
 
 from engines.spec import Preprocess
 from pipeline.batch import BadImage, Batch, Reason
 from pipeline.child import confined
-from pipeline.decode_cpu import OPENERS
-from pipeline.headers import sniff
 from pipeline.reads import is_passing
+from pipeline.rendering import MEMORY_BYTES, check_size, render
 from pipeline.sources import Source, SourceError, open_source
 from pipeline.stages_cpu import CpuStages
 from pipeline.store import content_hash
 
-MEMORY_BYTES = 2 << 30  # of address space: libraries alone map 0.6 GB
-ENCODED_BYTES_MAX = 64 << 20
-PIXELS_MAX = 100_000_000
 QUALITY = {"jpeg": 85, "webp": 80}
 STATUS: dict[Reason, int] = {"read_error": 503, "too_large": 413, "not_an_image": 415, "unsupported_format": 415}
 UNREADABLE = 422
@@ -78,8 +73,7 @@ def _stages(preprocess: str) -> CpuStages:
 def _rendition(job: dict[str, Any]) -> bytes:
     """A picture of the index, upright and without metadata, at most `edge_px` wide and high."""
     ImageFile.LOAD_TRUNCATED_IMAGES = True  # what decodes in part is shown in part
-    if job["size_bytes"] > ENCODED_BYTES_MAX:
-        raise BadImage("too_large", f"{job['size_bytes'] >> 20} MB; shown are up to {ENCODED_BYTES_MAX >> 20} MB")
+    check_size(job["size_bytes"])
     source = _source(job["kind"], job["root"], job["split"])
     try:
         encoded = source.read(unquote_to_bytes(job["locator"]), job["size_bytes"])
@@ -89,33 +83,12 @@ def _rendition(job: dict[str, Any]) -> bytes:
         raise _Gone(f"the picture cannot be read where it was indexed ({error.failure.words})") from None
     if content_hash(encoded).hex() != job["content_hash"]:
         raise _Gone("the picture has changed since it was indexed; the next run of pipeline.index takes it in")
-    return render(encoded, job["edge_px"], job["format"])
+    return render(encoded, job["edge_px"], job["format"], QUALITY[job["format"]])
 
 
 @lru_cache(maxsize=64)
 def _source(kind: str, root: str, split: str | None) -> Source:
     return open_source(kind, root, split=split)
-
-
-def render(encoded: bytes, edge_px: int, kind_out: str) -> bytes:
-    """Never a byte of the original: decoded by one of the known formats and encoded anew as "jpeg" or "webp"."""
-    kind = sniff(encoded)
-    if kind is None or kind not in OPENERS:
-        raise BadImage("not_an_image", "no picture inside")
-    try:
-        with OPENERS[kind].open(BytesIO(encoded)) as picture:
-            if picture.width * picture.height > PIXELS_MAX:
-                raise BadImage("too_large", f"{picture.width} x {picture.height} pixels")
-            picture.draft("RGB", (2 * edge_px, 2 * edge_px))
-            upright: Image.Image = ImageOps.exif_transpose(picture).convert("RGB")
-        upright.thumbnail((edge_px, edge_px), Image.Resampling.BICUBIC)
-        out = BytesIO()
-        upright.save(out, kind_out, quality=QUALITY[kind_out])
-    except (BadImage, MemoryError):
-        raise
-    except Exception as error:  # Pillow raises a dozen kinds on broken data
-        raise BadImage("corrupt", f"{type(error).__name__}: {error}") from error
-    return out.getvalue()
 
 
 if __name__ == "__main__":

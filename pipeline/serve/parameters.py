@@ -85,8 +85,8 @@ BOX = Parameter("box", {"type": "string"}, "only from there: south,west,north,ea
 FACETS = Parameter(
     "facets", {"type": "string"}, "count the values of these fields, such as label,licence, among what passes", _names
 )  # fmt: skip
-SIMILAR = (K, OFFSET, THRESHOLD)
-SEARCH = (Q, *SIMILAR, MMR, LABEL, TAXON, LICENCE, KEY, DATE_FROM, DATE_TO, BOX, FACETS)
+SIMILAR = (K, OFFSET, THRESHOLD, MMR, LABEL, TAXON, LICENCE, KEY, DATE_FROM, DATE_TO, BOX, FACETS)
+SEARCH = (Q, *SIMILAR)
 
 
 @dataclass(frozen=True)

@@ -49,16 +49,24 @@ class Questions:
         facets: Sequence[str] = (),
         without: int | None = None,
     ) -> dict[str, Any]:
-        """One page of an answer, as JSON; `without` is a row that is left out, because it is the question. A filter by
-        a name that no row has gives no hits, and a `note` with the nearest names.
+        """One page of an answer, as JSON; `without` is a row that is neither answered nor counted, because it is the
+        question. A filter by a name that no row has gives no hits, and a `note` with the nearest names.
 
         Raises:
             Refusal: 400, what this index cannot answer.
         """
-        count = offset + k + (without is not None)
+        exact = where != EVERYTHING or mmr is not None
+        spare = without is not None and not exact  # graphs take no mask: they are asked for one more, which is dropped
+        others_n = None
+        if without is not None and (exact or facets):
+            others_n = np.ones(self._generation.rows, np.bool_)
+            others_n[without] = False
         try:
-            found = self._index.search(query, count, threshold=threshold, mmr=mmr, where=where)
-            counts = {"facets": self._index.facets(where, facets)} if facets else {}
+            found = self._index.search(
+                query, offset + k + spare, threshold=threshold, mmr=mmr, where=where,
+                allowed=others_n if exact else None,
+            )  # fmt: skip
+            counts = {"facets": self._index.facets(where, facets, allowed=others_n)} if facets else {}
         except UnknownName as error:  # an answer: nothing passes, and this is why
             return {
                 "generation": self._generation.number, "total": 0, "offset": offset, "hits": [], "note": str(error),
@@ -72,7 +80,7 @@ class Questions:
         )
         known = self._known(found.rows[page].tolist())
         return {
-            "generation": self._generation.number, "total": found.total - (without is not None), "offset": offset,
+            "generation": self._generation.number, "total": found.total - spare, "offset": offset,
             "hits": [
                 {**known[row].words, "score": round(score, 5), "relevance": round(relevance, 4)}
                 for row, score, relevance in numbers
@@ -84,6 +92,11 @@ class Questions:
     def facet_fields(self) -> list[str]:
         """Filters that there is something to choose from for."""
         return self._index.facet_fields
+
+    @property
+    def filter_fields(self) -> list[str]:
+        """Filters that this index has columns for."""
+        return self._index.filter_fields
 
     def _known(self, rows: list[int]) -> dict[int, Described]:
         """Read once and kept: dozens of small reads take several times as long as the search itself."""

@@ -123,7 +123,7 @@ class Graphs:
     def nearest(self, query_d: Query, k: int) -> tuple[Rows, Scores] | None:
         """The k best live rows as far as the graphs find them, with exact scores; best first, ties by row.
 
-        None: the graphs hold too few live rows around the query, so only an exact search can tell.
+        None: the graphs hold, or reach, too few live rows around the query, so only an exact search can tell.
         """
         check_query(query_d, self._scan.dim)
         count = max(self.expansion, 2 * k)
@@ -145,11 +145,13 @@ class Graphs:
     def _live_rows(self, query_d: Query, k: int, count: int) -> Rows | None:
         """Rows of the nearest that the graphs find, each once."""
         if len(self._views) == 1:
-            keys, _ = _search(self._views[0], query_d, count)
+            found = [_search(self._views[0], query_d, count)]
         else:
             found = list(self._pool.map(lambda view: _search(view, query_d, count), self._views))
-            nearest = np.argsort(np.concatenate([distances for _, distances in found]), kind="stable")[:count]
-            keys = np.concatenate([keys for keys, _ in found])[nearest]
+        if any(len(keys) < min(count, len(view)) for (keys, _), view in zip(found, self._views, strict=True)):
+            return None  # among vectors that are nearly the same some have no link that leads to them
+        nearest = np.argsort(np.concatenate([distances for _, distances in found]), kind="stable")[:count]
+        keys = np.concatenate([keys for keys, _ in found])[nearest]
         first = np.searchsorted(self._keys, keys)
         several = np.searchsorted(self._keys, keys, "right") - first
         live = np.flatnonzero(several)

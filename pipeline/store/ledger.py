@@ -17,7 +17,7 @@ from typing import Any, NamedTuple, TypeVar
 from urllib.parse import quote
 
 from pipeline.store.files import NoIndex
-from pipeline.store.manifest import PENDING
+from pipeline.store.manifest import PENDING, explained
 from pipeline.store.publish import pinned
 
 T = TypeVar("T")
@@ -134,6 +134,13 @@ def _read(index: Path, look: Callable[[sqlite3.Connection], T]) -> T:
     path = index / "manifest.sqlite"
     if not path.is_file():
         raise NoIndex(f"no index in {index}; make one: python -m pipeline.index --out {index} ...")
+    try:
+        return _look(path, look)
+    except sqlite3.DatabaseError as error:
+        raise explained(path, error) from error
+
+
+def _look(path: Path, look: Callable[[sqlite3.Connection], T]) -> T:
     log_file = path.with_name(path.name + "-wal")
     uri = f"file:{quote(str(path.absolute()))}"
     if not log_file.exists():

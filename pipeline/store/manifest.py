@@ -25,7 +25,7 @@ from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
-from pipeline.store.files import StoreError
+from pipeline.store.files import StoreDamaged, StoreError
 
 SCHEMA_VERSION = 2
 CACHE_KIB = 16_384  # more costs memory and gains nothing: the system caches the file too
@@ -89,7 +89,13 @@ class ManifestFailed(StoreError, sqlite3.OperationalError):
     """SQLite could not do what was asked, for a reason outside of it."""
 
 
+class ManifestDamaged(StoreDamaged, sqlite3.DatabaseError):
+    """Its bytes are not what SQLite wrote."""
+
+
 # By the first words of SQLite's own name for what happened.
+_DAMAGE = ("SQLITE_CORRUPT", "SQLITE_NOTADB")
+RESTORE = "Restore manifest.sqlite from a backup, or index the sources again into a new folder"
 _REMEDIES = {
     "SQLITE_BUSY": "another program holds it, such as a backup or a sqlite3 shell; wait for it or end it",
     "SQLITE_LOCKED": "another program holds it, such as a backup or a sqlite3 shell; wait for it or end it",
@@ -108,18 +114,21 @@ class _Connection(sqlite3.Connection):
     def execute(self, sql: str, *args: Any) -> sqlite3.Cursor:
         try:
             return super().execute(sql, *args)
-        except sqlite3.OperationalError as error:
+        except sqlite3.DatabaseError as error:
             raise explained(self.path, error) from error
 
     def executemany(self, sql: str, *args: Any) -> sqlite3.Cursor:
         try:
             return super().executemany(sql, *args)
-        except sqlite3.OperationalError as error:
+        except sqlite3.DatabaseError as error:
             raise explained(self.path, error) from error
 
 
-def explained(path: Path, error: sqlite3.OperationalError) -> sqlite3.OperationalError:
+def explained(path: Path, error: sqlite3.DatabaseError) -> sqlite3.DatabaseError:
+    """The same error with the file and what helps, as a `StoreError`; a fault of ours stays as it is."""
     name = getattr(error, "sqlite_errorname", "")
+    if name.startswith(_DAMAGE):
+        return ManifestDamaged(path, "a sound SQLite file", f"{error} ({name})", RESTORE)
     remedy = next((words for start, words in _REMEDIES.items() if name.startswith(start)), "")
     if not remedy or isinstance(error, ManifestFailed):
         return error
@@ -148,14 +157,19 @@ def connect(path: Path) -> sqlite3.Connection:
                     db.execute(statement)
             found = SCHEMA_VERSION
         if found != SCHEMA_VERSION:
-            raise StoreError(
-                f"{path} has schema {found}, this version of nightjar reads {SCHEMA_VERSION}; "
-                "use the version that wrote it, or index into a new folder with --out"
-            )
+            raise StoreError(other_schema(path, found))
     except BaseException:
         db.close()
         raise
     return db
+
+
+def other_schema(path: Path, found: int) -> str:
+    """Of a manifest that cannot be read as it is: `connect` brings the first schema up to date, a reader may not."""
+    remedy = "use the version that wrote it, or index into a new folder with --out"
+    if found < SCHEMA_VERSION:
+        remedy = "any run of pipeline.index or pipeline.nightly into this index brings it up to date; do that first"
+    return f"{path} has schema {found}, this version of nightjar reads {SCHEMA_VERSION}; {remedy}"
 
 
 @contextmanager

@@ -12,7 +12,6 @@ of a thousand rows reach 20 k rows/s and single rows a few hundred.
 
 from __future__ import annotations
 
-import json
 import logging
 import os
 import sqlite3
@@ -28,7 +27,7 @@ import numpy as np
 from pipeline.batch import Item, Mark, Reason
 from pipeline.store import publish as publishing
 from pipeline.store.ann import Turn
-from pipeline.store.files import NoIndex, StoreDamaged, StoreError, sync, take_lock, write_text
+from pipeline.store.files import NoIndex, StoreDamaged, StoreError, sync, take_lock
 from pipeline.store.fold import register
 from pipeline.store.listing import Container, Listing, Observed, Preview, Scope
 from pipeline.store.manifest import PENDING, bump_state, connect, select_in, space_id, transaction
@@ -309,11 +308,6 @@ class Store:
     def pinned(self) -> int | None:
         """The generation that was chosen to be shown whatever is published after it."""
         return publishing.pinned(self._db)
-
-    def write_run_report(self, number: int, report: Mapping[str, Any]) -> Path:
-        path = self.out / "runs" / f"{number}.json"
-        write_text(path, json.dumps(report, indent=1))
-        return path
 
 
 def show_generation(out: Path, number: int | None) -> int:

@@ -38,7 +38,7 @@ from pipeline.store import Generation, Locked, NoIndex, StoreError
 from pipeline.store.check import Finding, Health, check_data, open_readonly
 from pipeline.store.check_shown import check_generations
 from pipeline.store.drop import drop_broken
-from pipeline.store.manifest import SCHEMA_VERSION, connect
+from pipeline.store.manifest import RESTORE, SCHEMA_VERSION, connect, other_schema
 from pipeline.verify.config import VerifyConfig, parse
 from pipeline.verify.reembed import Comparison, compare_on
 from pipeline.verify.repair import Dropped, RepairFailed, artifact_of, embed_again, locked
@@ -46,7 +46,6 @@ from pipeline.verify.repair import Dropped, RepairFailed, artifact_of, embed_aga
 log = logging.getLogger("nightjar")
 
 SCHEMA = 1
-RESTORE = "Restore manifest.sqlite from a backup, or index the sources again into a new folder"
 
 
 @dataclass(frozen=True)
@@ -115,7 +114,7 @@ def opened(cfg: VerifyConfig) -> Iterator[sqlite3.Connection]:
         db.execute("BEGIN")
         schema = db.execute("SELECT value FROM meta WHERE key = 'schema'").fetchone()[0]
         if schema != SCHEMA_VERSION:
-            raise StoreError(f"{path} has schema {schema}, this version of nightjar reads {SCHEMA_VERSION}")
+            raise StoreError(other_schema(path, schema))
         first = _runs(db)
         yield db
     with contextlib.closing(open_readonly(cfg.out)) as db:

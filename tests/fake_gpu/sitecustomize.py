@@ -76,8 +76,8 @@ def patch_stages() -> None:
     lane_process.GPU_DEADLINE_S = 4.0
 
     class FakeCodec(decode_gpu.Codec):
-        def __init__(self, threads: int, stream: int | None) -> None:
-            super().__init__(threads, None)
+        def __init__(self, threads: int, stream: int | None, hardware_share: float) -> None:
+            super().__init__(threads, None, hardware_share)
 
         def decode(self, encoded: Any) -> list[Any]:
             if any(picture.endswith(b"GPU-KILL") for picture in encoded):

@@ -1,12 +1,12 @@
 // The page: its state is its address, and `render` brings what is shown in line with it.
 
 import { active, closeMenus, menus } from "./filters.js";
-import { FACETS, OPTIONS, PAGE, REACH, Trouble, fetchJson, fetchPage } from "./service.js";
+import { FACETS, OPTIONS, PAGE, REACH, Trouble, fetchJson, fetchPage, optionsOf } from "./service.js";
 import { showLarge, skeletons, tile } from "./tiles.js";
-import { $, button, copy, element, number, plural, readable, toast } from "./words.js";
+import { $, button, copy, element, number, plural, readable, sentence, toast } from "./words.js";
 
 const SLOW_MS = 1000;
-const WEAK = 0.2; // below this relevance nothing fits well
+const STANDS_OUT = 0.5; // the relevance from which on a picture does (pipeline/search/relevance.py)
 const KEPT = 8; // answers kept for going back
 const LINKED_MAX = 192; // answers looked through for the picture that a link opens
 const SOURCES_NAMED = 3;
@@ -46,8 +46,7 @@ function go(target, { replace = false, state = null } = {}) {
 }
 
 const ask = (changes) => {
-  const kept = [...address()].filter(([name]) => name in OPTIONS);
-  const next = new URLSearchParams([...Object.entries(changes).filter(([, value]) => value), ...kept]);
+  const next = new URLSearchParams([...Object.entries(changes).filter(([, value]) => value), ...optionsOf(address())]);
   return go(`?${next}`);
 };
 
@@ -113,7 +112,7 @@ async function more() {
     if (answer.hits.length && page.generation !== answer.generation) {
       answer.stale = true; // pages of two generations do not fit together: some pictures twice, others never
     } else {
-      Object.assign(answer, { total: page.total, generation: page.generation, took_ms: answer.took_ms ?? page.took_ms });
+      Object.assign(answer, { total: page.total, note: page.note, generation: page.generation, took_ms: answer.took_ms ?? page.took_ms });
       if (page.facets) answer.facets = page.facets;
       if (!page.hits.length) answer.total = answer.hits.length; // a threshold can end an answer early
       answer.hits.push(...page.hits);
@@ -168,14 +167,15 @@ function showSummary() {
   }
   if (total === null) return undefined;
   $("status").replaceChildren(element("b", plural(total)), total > 1 ? `, most fitting first · ${Math.max(1, Math.round(shown.took_ms))} ms` : "");
-  const narrowed = [...address().keys()].some((name) => name in OPTIONS);
+  const narrowed = optionsOf(address()).length > 0;
   if (!hits.length) {
     const clear = button("Search without filters", () => go(link(Object.fromEntries(Object.keys(OPTIONS).map((name) => [name, null])))));
-    say("notice", narrowed ? "No picture passes these filters." : "There is no picture to show.", narrowed ? [clear] : []);
+    const why = shown.note ? sentence(shown.note) : narrowed ? "No picture passes these filters." : "There is no picture to show.";
+    say("notice", why, narrowed ? [clear] : []);
   } else if (stale) {
     say("notice", "The index was updated while you looked.", [button("Show the new answers", again)]);
-  } else if (hits[0].relevance != null && hits[0].relevance < WEAK) {
-    say("notice", "No picture fits this well. These come closest.");
+  } else if (hits[0].relevance != null && hits[0].relevance < STANDS_OUT) {
+    say("notice", "No picture stands out: many fit about as well, or none does. These come closest.");
   }
   if (total > PAGE && hits.length >= total) say("end", `That was all: ${plural(total)}.`);
   else if (hits.length >= REACH) say("end", `These were the ${number.format(hits.length)} that fit best. Ask more precisely to see others.`);
@@ -184,11 +184,12 @@ function showSummary() {
 
 function showFilters() {
   const asked = address();
-  const change = (name, value) => go(link({ [name]: value, open: null }));
+  const change = (options) => go(link({ ...options, open: null }));
   $("active").replaceChildren(...active(asked, change));
-  if ($("filters").dataset.of === shown.question && $("filters").hasChildNodes()) return; // one may be open
+  if (shown.total === null) return $("filters").replaceChildren(); // until counts are here
+  if ($("filters").dataset.of === shown.question && $("filters").hasChildNodes()) return undefined; // one may be open
   $("filters").dataset.of = shown.question;
-  $("filters").replaceChildren(...menus(asked, shown.facets, change));
+  return $("filters").replaceChildren(...menus(asked, shown.facets, about?.filters ?? [], change));
 }
 
 // ---- one picture, large ---------------------------------------------------------------------------------------------

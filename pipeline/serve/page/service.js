@@ -10,6 +10,9 @@ export const OPTIONS = {
   ...FACETS, key: "Key", date_from: "From", date_to: "Until", box: "Place", threshold: "Cosine at least", mmr: "Variety",
 };
 
+/** What narrows an answer, of all that an address says. */
+export const optionsOf = (asked) => [...asked].filter(([name]) => name in OPTIONS);
+
 export class Trouble extends Error {
   constructor(words, signedOut = false) {
     super(words);
@@ -45,10 +48,10 @@ export async function fetchJson(path, { signal, body, busy, retries = RETRIES_MA
 
 /** One page of the answer to what the address asks; facets come with the first one. */
 export function fetchPage(asked, picture, facets, offset, waiting) {
-  const params = new URLSearchParams({ k: PAGE, offset });
-  if (asked.has("similar")) return fetchJson(`api/similar/${encodeURIComponent(asked.get("similar"))}?${params}`, waiting);
-  for (const [name, value] of asked) if (name in OPTIONS || name === "q") params.set(name, value);
+  const params = new URLSearchParams([["k", PAGE], ["offset", offset], ...optionsOf(asked)]);
   if (!offset && facets.length) params.set("facets", facets.join(","));
+  if (asked.has("similar")) return fetchJson(`api/similar/${encodeURIComponent(asked.get("similar"))}?${params}`, waiting);
+  if (asked.has("q")) params.set("q", asked.get("q"));
   if (!asked.has("picture")) return fetchJson(`api/search?${params}`, waiting);
   if (!picture) throw new Trouble("A link cannot carry a picture, and this page no longer has the one it asked with. Drop it here again.");
   const body = new FormData();

@@ -1,11 +1,12 @@
 // The grid's tiles, and the same picture large.
 
+import { optionsOf } from "./service.js";
 import { $, copyOf, cosineOf, element, fitOf, labelOf, licenceOf, number, readable, rightsOf } from "./words.js";
 
 const THUMB_AGAIN_MS = 1500;
 const NARROW = 2.4; // times as long as wide: of these a square would show too little
 
-export const alikeLink = (hit) => `?similar=${hit.id}`;
+const alikeLink = (hit) => `?${new URLSearchParams([["similar", hit.id], ...optionsOf(new URLSearchParams(location.search))])}`;
 const openLink = (hit) => {
   const params = new URLSearchParams(location.search);
   params.set("open", hit.id);

@@ -10,6 +10,9 @@ const HIDDEN = /[\u0000-\u001f\u007f-\u009f\u200b-\u200f\u2028-\u202e\u2066-\u20
 /** Text in which what turns it round or cannot be seen stands as its number. */
 export const readable = (text) => String(text).replace(HIDDEN, (one) => `\\u${one.charCodeAt(0).toString(16).padStart(4, "0")}`);
 
+/** The service's words, which begin small and end without a stop. */
+export const sentence = (words) => `${words.charAt(0).toUpperCase()}${readable(words.slice(1))}.`;
+
 const first = (metadata, ...names) => names.map((name) => metadata[name]).find((value) => value != null && value !== "");
 
 export const labelOf = ({ key, metadata }) => readable(first(metadata, "common_name", "label", "caption") ?? key.split("/").at(-1));
