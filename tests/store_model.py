@@ -16,7 +16,7 @@ import numpy as np
 import numpy.typing as npt
 
 from pipeline.batch import Item
-from pipeline.store import Committed, Generation, Outcome, Scope, Store, content_hash, write_shard
+from pipeline.store import Committed, Generation, Outcome, Scope, Store, Turn, content_hash, write_shard
 
 DIM = 8
 SPACE = "space-a"
@@ -73,6 +73,7 @@ def run(
     chunk: int = 50,
     metadata: Mapping[str, Mapping[str, Any]] | None = None,
     engine: str = "",
+    turn: Turn | None = None,
 ) -> int:
     """One whole run; returns the number of the generation."""
     with Store.open(out, space, DIM) as store:
@@ -82,7 +83,7 @@ def run(
             store.observe(listed[start : start + 1000])
         store.finish_listing()
         embed(store, pictures, space, chunk, engine)
-        number = store.publish({"tower": "test"}, {})
+        number = store.publish({"tower": "test"}, {}, turn=turn)
     assert number is not None, "another model's generation is shown"
     return number
 

@@ -26,9 +26,11 @@ from store_model import (
 from pipeline.store import (
     Generation,
     NoIndex,
+    Turn,
     content_hash,
     fold,
     map_embeddings,
+    publish,
     table,
     write_shard,
 )
@@ -164,6 +166,26 @@ def test_folding_drops_dead_rows_and_bounds_the_files(tmp_path: Path, monkeypatc
         sizes = [(len(block.emb_nd), block.live) for block in generation.blocks()]
     assert sum(size for size, _ in sizes) < 400
     assert all(live >= 0.75 * size for size, live in sizes)
+
+
+def test_a_budget_that_is_spent_puts_folding_off_while_a_generation_can_name_the_files(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(fold, "SEGMENT_ROWS", 100)
+    monkeypatch.setattr(publish, "FILES_MAX", 60)
+    spent = Turn(lambda: True)
+    pictures = some(200)
+    run(tmp_path, pictures, chunk=5, turn=spent)
+    assert_shows(tmp_path, pictures)
+    assert len(list((tmp_path / "shards").iterdir())) == 40, "more than are small, fewer than a generation may name"
+    pictures |= {f"more-{key}": b"more " + content for key, content in some(100).items()}
+    run(tmp_path, pictures, chunk=5, turn=spent)
+    assert_shows(tmp_path, pictures)
+    with Generation.open(tmp_path) as generation:
+        assert len(list(generation.blocks())) < 60
+    run(tmp_path, pictures | {"one-more": b"one more"}, chunk=5)
+    with Generation.open(tmp_path) as generation:
+        assert len(list(generation.blocks())) <= 4
 
 
 def test_scattered_deletions_are_bounded(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
