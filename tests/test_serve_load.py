@@ -322,6 +322,11 @@ def test_a_cancelled_request_is_not_computed_and_an_error_is_its_own_runs() -> N
 # ---- decoders --------------------------------------------------------------------------------------------------------
 
 
+def decoder_children() -> list[psutil.Process]:
+    """Of this process, which may have children of other tests."""
+    return [child for child in psutil.Process().children() if "pipeline.serve.decoder_process" in child.cmdline()]
+
+
 def test_a_decoder_that_dies_or_hangs_costs_one_picture(monkeypatch: pytest.MonkeyPatch, tiny_model: Path) -> None:
     from engines.spec import find_artifact
 
@@ -332,12 +337,12 @@ def test_a_decoder_that_dies_or_hangs_costs_one_picture(monkeypatch: pytest.Monk
         pool = Decoders(1, ended.append)
         encoded = noisy_jpeg(3)
         assert (await pool.pixels(encoded, pre)).shape == (3, pre.size, pre.size)
-        (worker,) = psutil.Process().children()
+        (worker,) = decoder_children()
         worker.suspend()
         with pytest.raises(Refusal, match="within 1 s"):
             await pool.pixels(encoded, pre)
         await pool.pixels(encoded, pre)
-        psutil.Process().children()[0].kill()
+        decoder_children()[0].kill()
         with pytest.raises(Refusal, match="SIGKILL"):
             await pool.pixels(encoded, pre)
         await pool.pixels(encoded, pre)
