@@ -11,7 +11,6 @@ import io
 import json
 import os
 import re
-import shutil
 import socket
 import subprocess
 import sys
@@ -34,10 +33,6 @@ from export.demo_pictures import write_pictures
 DEMO = Path(__file__).resolve().parents[1] / "export" / "demo"
 SERVICE = ["-m", "pipeline.serve"]
 PICTURES = 144  # of each colour and shape four
-CHROMIUM_FLAGS = [
-    "--headless", "--no-sandbox", "--disable-gpu", "--disable-quic", "--no-first-run",
-    "--disable-background-networking", "--disable-component-update", "--disable-sync",
-]  # fmt: skip
 LICENCES = ("CC BY 4.0", "CC0 1.0", "CC BY-NC 4.0")
 HOSTILE = "<img src=x onerror=alert(1)> \u202etxt.exe"
 PHONE, DESK = {"width": 360, "height": 740}, {"width": 1280, "height": 860}
@@ -114,19 +109,6 @@ def answers(url: str) -> bool:
             return bool(response.status == 200)
     except OSError:
         return False
-
-
-@pytest.fixture(scope="module")
-def browser() -> Iterator[Any]:
-    chromium = shutil.which("chromium")
-    if chromium is None:
-        pytest.skip("no chromium here: apt-get install chromium")
-    from playwright.sync_api import sync_playwright
-
-    with sync_playwright() as playwright:
-        browser = playwright.chromium.launch(executable_path=chromium, args=CHROMIUM_FLAGS)
-        yield browser
-        browser.close()
 
 
 def wait_until(holds: Callable[[], bool], limit_s: float, what: str) -> None:
