@@ -43,6 +43,7 @@ TAIL_BYTES_MAX = 4 << 20  # of vectors in no graph: scoring them costs half a mi
 GRAPH_ROWS = 400_000  # of one graph: 0.5 GB at d = 512, which is the memory that building takes
 DEAD_SHARE_MAX = 0.25  # of a graph's rows
 ADD_ROWS = 2048  # inserted between two looks at the clock: about a second
+SEED_ROWS = 2048  # of a graph, inserted by one thread: two that meet in a nearly empty graph leave rows no link leads to
 CONNECTIVITY, EXPANSION_ADD = 16, 128
 RECALL_K, RECALL_MIN, QUERIES = 10, 0.985, 48  # half a percent above what is promised, for 48 queries are a sample
 LINE_EVERY_S = 10.0
@@ -226,7 +227,7 @@ def _build(
         room, rows = GRAPH_ROWS - len(own), 0
         while rows < min(room, len(todo)) and not (rows and turn.out_of_time()):
             part = todo[rows : min(rows + ADD_ROWS, room)]
-            graph.add(keys[part], scan.gather(row_of[part]), threads=CORES)
+            graph.add(keys[part], scan.gather(row_of[part]), threads=CORES if len(own) + rows >= SEED_ROWS else 1)
             rows += len(part)
             if time.monotonic() - last_line_s > LINE_EVERY_S:
                 last_line_s = time.monotonic()
