@@ -20,7 +20,8 @@ from engines.memory_gpu import DeviceArray, GpuError, OutOfGpuMemory, Stream, gp
 from engines.spec import Artifact, Precision
 from pipeline.batch import DeviceUnavailable
 from pipeline.cores import divide, nodes, usable_cores
-from pipeline.lanes import Board, Broken, LaneSpec, Lost, Refused
+from pipeline.lanes import Board, LaneSpec
+from pipeline.messages import Broken, Lost, Refused, sayable
 from pipeline.setting import Setting, default_setting, lane_bytes, memory_limit_bytes, tuned_for
 from pipeline.sources import Source
 
@@ -215,17 +216,17 @@ def open_stages(spec: LaneSpec, board: Board, engine: Engine) -> Any:
 def last_words(spec: LaneSpec, error: BaseException) -> Refused | Lost | Broken:
     """For the coordinator, while `error` is handled. A bug of ours must not pass for a GPU's fault, so it is asked."""
     if isinstance(error, EngineUnavailable | DeviceUnavailable):
-        return Refused(str(error))
+        return Refused(sayable(str(error)))
     if isinstance(error, OutOfGpuMemory):
         artifact = Artifact.open(spec.artifact_path)
         card = choose(artifact, "vision", spec.runtime, spec.precision, spec.kind).card
-        return Lost(str(error), full_at=spec.batch or card.batch)
+        return Lost(sayable(str(error)), full_at=spec.batch or card.batch)
     if spec.kind == "gpu":
         try:
             Stream().synchronize()  # after a fault, every call fails
         except GpuError as sick:
-            return Lost(f"{type(error).__name__}: {error}; {sick}")
+            return Lost(sayable(f"{type(error).__name__}: {error}; {sick}"))
     with contextlib.suppress(OSError):  # the disk that failed may be the log's
         traceback.print_exc()  # into the lane's log
-    words = f"{type(error).__name__}: {error}"
-    return Broken(f"{spec.name} failed, what is done is committed: {words}; the whole story is in {spec.log_path}")
+    words = f"{type(error).__name__}: {error}; the whole story is in {spec.log_path}"
+    return Broken(sayable(f"{spec.name} failed, what is done is committed: {words}"))

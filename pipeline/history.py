@@ -11,7 +11,7 @@ from typing import Any
 
 import numpy as np
 
-from pipeline.lanes import Tick
+from pipeline.messages import Tick
 
 POINTS_MAX = 600  # a night of ten hours gets a point a minute
 SAMPLE_ROWS = 1000  # means and shares of a thousand rows are within 3 % of those of all

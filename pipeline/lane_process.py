@@ -32,20 +32,8 @@ import numpy.typing as npt
 from pipeline.batch import Batch, Failure
 from pipeline.child import die_with_parent
 from pipeline.devices import last_words, open_lane_engine, open_stages
-from pipeline.lanes import (
-    ENGINE_SLOTS_MAX,
-    READ_THREADS,
-    TICK_S,
-    Board,
-    Broken,
-    Chunk,
-    Claim,
-    Done,
-    LaneSpec,
-    Ready,
-    Tick,
-    Verdict,
-)
+from pipeline.lanes import ENGINE_SLOTS_MAX, READ_THREADS, TICK_S, Board, Chunk, LaneSpec, Verdict
+from pipeline.messages import Broken, Claim, Done, Message, Ready, Tick, encode, sayable
 from pipeline.posted_source import PostedSource
 from pipeline.reads import Read, Reader
 from pipeline.sources import Source
@@ -69,7 +57,7 @@ class Work:
 
     def fail(self, row_id: int, failure: Failure) -> None:
         self.outcomes.append(
-            Outcome(row_id, "quarantined", self.hashes.get(row_id), failure.reason, words=failure.words)
+            Outcome(row_id, "quarantined", self.hashes.get(row_id), failure.reason, words=sayable(failure.words))
         )
 
 
@@ -81,7 +69,8 @@ def lane_main(spec: LaneSpec, conn: Connection, board: Board) -> None:
     try:
         log_file = spec.log_path.open("w")
     except OSError as error:
-        conn.send(Broken(f"{spec.name} cannot write its log: {error}; what is done is committed"))
+        words = f"{spec.name} cannot write its log: {error}; what is done is committed"
+        conn.send_bytes(encode(Broken(sayable(words))))
         return
     try:
         os.dup2(log_file.fileno(), 2)  # libtiff and its like print there, in the middle of a progress bar
@@ -89,7 +78,7 @@ def lane_main(spec: LaneSpec, conn: Connection, board: Board) -> None:
         logging.captureWarnings(True)
         process = LaneProcess(spec, conn, board)
     except BaseException as error:  # noqa: BLE001 - whatever it is, its words go to the coordinator
-        conn.send(last_words(spec, error))
+        conn.send_bytes(encode(last_words(spec, error)))
     else:
         process.run()
 
@@ -278,9 +267,9 @@ class LaneProcess:
         if done.rows:
             self._send(done)
 
-    def _send(self, message: object) -> None:
+    def _send(self, message: Message) -> None:
         with self.send_lock:
-            self.conn.send(message)
+            self.conn.send_bytes(encode(message))
 
     def _guarded(self, loop: Callable[[], None]) -> None:
         """A fault in any thread ends the whole lane, with its words; a thread never dies alone."""

@@ -15,13 +15,16 @@ from collections import Counter
 from dataclasses import dataclass, field
 from multiprocessing.connection import Connection
 from pathlib import Path
-from typing import Any, Literal, NamedTuple, TypeAlias
+from typing import Any, Literal, NamedTuple
+
+import msgspec
 
 from engines import Device
 from engines.spec import Precision, Preprocess
+from pipeline.messages import MESSAGE_BYTES_MAX, Claim, Done, Lost, Message, Ready, decode
 from pipeline.setting import HARDWARE_SHARE
 from pipeline.sources import Source
-from pipeline.store import Outcome, PendingItem, ShardInfo
+from pipeline.store import PendingItem
 
 TICK_S = 1.0
 STARTING, START_DEADLINE_S = -1, 600.0  # stands on the board in place of a row; a hung driver must not hang the run
@@ -39,71 +42,10 @@ class Chunk(NamedTuple):
     rows: list[PendingItem]
 
 
-class Claim(NamedTuple):
-    """Lane to coordinator: which of these contents are new? Those become this chunk's to compute."""
-
-    chunk: int
-    hashes: list[bytes]
-
-
 class Verdict(NamedTuple):
+    """Which of the contents of a `Claim` are the lane's to compute."""
+
     new: list[bool]
-
-
-class Done(NamedTuple):
-    """All rows of a chunk that have an outcome; rows without one (the run was stopped) stay pending."""
-
-    chunk: int
-    shard: ShardInfo | None
-    outcomes: list[Outcome]
-    decoders: Counter[str]
-
-
-class Ready(NamedTuple):
-    engine: str  # runtime and precision in words
-    rows_per_s: float  # as measured when the engine was built
-    batch: int
-
-
-class Refused(NamedTuple):
-    """The lane cannot run here: no such engine or device, or a device that gives wrong pixels."""
-
-    words: str
-
-
-class Lost(NamedTuple):
-    """The lane's GPU failed under it; the lane may be started again."""
-
-    words: str
-    full_at: int = 0  # rows of the batch that did not fit in GPU memory; 0 where that is not what happened
-
-
-class Broken(NamedTuple):
-    """A bug of ours; it ends the run with these words."""
-
-    words: str
-
-
-@dataclass(slots=True)
-class Tick:
-    """What one second looked like from inside the lane: the waits name the bound stage."""
-
-    rows: int = 0
-    read_wait_s: float = 0.0  # reader blocked because decode was busy
-    decode_wait_s: float = 0.0  # decoder waiting for bytes
-    slot_wait_s: float = 0.0  # decoder waiting for a free engine buffer
-    encode_wait_s: float = 0.0  # engine waiting for pixels
-    seconds: float = 0.0
-
-    @property
-    def bound(self) -> str:
-        """The stage everybody else waits for: the engine unless it waits itself more than a tenth of the time."""
-        if self.encode_wait_s < 0.1 * self.seconds:
-            return "engine"
-        return "decode" if self.decode_wait_s < 0.5 * self.seconds else "read"
-
-
-Message: TypeAlias = Claim | Done | Ready | Refused | Lost | Broken | Tick
 
 
 class Board:
@@ -200,6 +142,31 @@ class Lane:
         process.start()
         theirs.close()  # so that the child's death is an end of file here
         return cls(spec, process, ours, board)
+
+    def hear(self) -> Message:
+        """Its next message; a lane that says what is none counts as lost.
+
+        Raises:
+            EOFError, ConnectionError: it has died.
+        """
+        try:
+            message = decode(self.conn.recv_bytes(MESSAGE_BYTES_MAX))
+        except ConnectionError:
+            raise
+        except (msgspec.DecodeError, OSError) as error:
+            return Lost(f"{self.spec.name} says what is no message: {error}")
+        if isinstance(message, Claim | Done) and not self._is_mine(message):
+            return Lost(f"{self.spec.name} speaks of rows or files that are not of its chunk {message.chunk}")
+        return message
+
+    def _is_mine(self, message: Claim | Done) -> bool:
+        if (chunk := self.chunks.get(message.chunk)) is None:
+            return False
+        if isinstance(message, Claim):
+            return True
+        told = Counter(outcome.id for outcome in message.outcomes)
+        in_place = message.shard is None or chunk.shard_path.parts[-2:] == tuple(message.shard.name.split("/"))
+        return in_place and told <= Counter(row.id for row in chunk.rows)
 
     def saw(self, rows_per_s: float) -> None:
         self.rows_per_s = (self.rows_per_s + rows_per_s) / 2 if self.rows_per_s else rows_per_s

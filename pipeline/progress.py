@@ -17,7 +17,8 @@ from rich.progress import (
     TransferSpeedColumn,
 )
 
-from pipeline.lanes import Lane, Tick
+from pipeline.lanes import Lane
+from pipeline.messages import Tick
 from pipeline.scheduler import Totals
 
 

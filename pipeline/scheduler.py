@@ -19,22 +19,8 @@ from multiprocessing.connection import wait
 
 from pipeline.batch import Reason
 from pipeline.history import Sample, Throughput
-from pipeline.lanes import (
-    STOP_GRACE_S,
-    TICK_S,
-    Broken,
-    Chunk,
-    Claim,
-    Done,
-    Lane,
-    LaneSpec,
-    Lost,
-    Message,
-    Ready,
-    Refused,
-    Tick,
-    Verdict,
-)
+from pipeline.lanes import STOP_GRACE_S, TICK_S, Chunk, Lane, LaneSpec, Verdict
+from pipeline.messages import Broken, Claim, Done, Lost, Message, Ready, Refused, Tick
 from pipeline.shares import Dynamic, Pace, Policy
 from pipeline.store import Outcome, PendingItem, Store
 
@@ -182,7 +168,7 @@ class Sharing:
         for conn in wait(list(by_conn), timeout_s):
             lane = by_conn[conn]  # type: ignore[index]
             try:
-                self._handle(lane, lane.conn.recv())
+                self._handle(lane, lane.hear())
             except (EOFError, ConnectionError):
                 self._bury(lane, Lost(""))
 

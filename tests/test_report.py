@@ -21,7 +21,7 @@ from store_model import DIM
 
 from pipeline.exits import DONE, USAGE
 from pipeline.history import POINTS_MAX, SAMPLE_ROWS, Sample, Throughput
-from pipeline.lanes import Tick
+from pipeline.messages import Tick
 from pipeline.report import thumbnails
 from pipeline.report.looks import NEAREST, look
 from pipeline.report.page import PARTS, ReportError, write_report

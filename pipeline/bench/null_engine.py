@@ -1,5 +1,6 @@
 """`bench null`: what the pipeline itself costs an image: real files, store and work sharing, but decoder and engine do
-nothing. CPU time of all processes, without imports; the cost of a run over one image is taken off.
+nothing. CPU time of all processes, without imports and graphs (of the engine's few vectors they mean nothing); the cost
+of a run over one image is taken off.
 
     python -m pipeline.bench.null_engine --source folder ...     is `pipeline.index` with such a lane
 
@@ -33,6 +34,7 @@ from pipeline.bench.processes import Limit, OutOfTime, run_measured
 from pipeline.config import parse_index
 from pipeline.lanes import Board, LaneSpec
 from pipeline.stop import Stop
+from pipeline.store import ann
 
 BATCH = 256
 
@@ -80,6 +82,7 @@ def main(argv: list[str] | None = None) -> None:
         patch.object(lane_process, "open_lane_engine", NullEngine),
         patch.object(lane_process, "open_stages", _no_stages),
         patch("pipeline.lanes.multiprocessing.get_context", lambda _: forked),
+        patch.object(ann, "update", lambda *_: None),
     ):
         cfg, before_s = parse_index(argv), _cpu_s()
         report = index.run(cfg, Stop())

@@ -43,7 +43,7 @@ TAIL_BYTES_MAX = 4 << 20  # of vectors in no graph: scoring them costs half a mi
 GRAPH_ROWS = 400_000  # of one graph: 0.5 GB at d = 512, which is the memory that building takes
 DEAD_SHARE_MAX = 0.25  # of a graph's rows
 ADD_ROWS = 2048  # inserted between two looks at the clock: about a second
-SEED_ROWS = 2048  # of a graph, inserted by one thread: two that meet in a nearly empty graph leave rows no link leads to
+SEED_ROWS = 2048  # of a graph, by one thread: two that meet in a nearly empty graph leave rows no link leads to
 CONNECTIVITY, EXPANSION_ADD = 16, 128
 RECALL_K, RECALL_MIN, QUERIES = 10, 0.985, 48  # half a percent above what is promised, for 48 queries are a sample
 LINE_EVERY_S = 10.0

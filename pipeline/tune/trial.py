@@ -19,7 +19,8 @@ from pathlib import Path
 import psutil
 
 from pipeline.batch import BadImage, Item
-from pipeline.lanes import READ_THREADS, Broken, Chunk, Claim, Done, Lane, LaneSpec, Lost, Ready, Refused, Tick, Verdict
+from pipeline.lanes import READ_THREADS, Chunk, Lane, LaneSpec, Verdict
+from pipeline.messages import Broken, Claim, Done, Lost, Ready, Refused, Tick
 from pipeline.sources import Source
 from pipeline.store import PendingItem
 from pipeline.tune.halving import Measured
@@ -126,7 +127,7 @@ class Rehearsal:
     def _listen(self, lane: Lane, ticks: defaultdict[str, list[Tick]]) -> str:
         """What makes the setting impossible, if anything does."""
         try:
-            message = lane.conn.recv()
+            message = lane.hear()
         except (EOFError, ConnectionError):
             raise LaneDied(lane.spec.name, lane.board.in_hand()) from None
         match message:
