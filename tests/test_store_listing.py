@@ -2,11 +2,13 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass, replace
+import dataclasses
+from dataclasses import dataclass
 from pathlib import Path
 
 import numpy as np
 import pytest
+from msgspec.structs import replace
 from store_model import (
     DIM,
     PHOTOS,
@@ -132,7 +134,7 @@ def test_an_unchanged_container_is_seen_without_its_items(tmp_path: Path) -> Non
     night(tars, {"a.tar0": b"3"})
     assert_shows(tmp_path, pictures)
     # The new a.tar lost a picture, and the run that saw it first is cut off before its listing ends.
-    newer = [replace(tars[0], etag="e2"), tars[1]]
+    newer = [dataclasses.replace(tars[0], etag="e2"), tars[1]]
     night(newer, {"a.tar/1": b"1", "a.tar0": b"3"}, finish=False)
     with Store.open(tmp_path, SPACE, DIM) as store:
         store.begin_run(PHOTOS)

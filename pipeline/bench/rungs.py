@@ -93,7 +93,8 @@ def _indexes(artifact: Artifact, images: int) -> Iterator[Rung]:
     for card in cards:
         device = device_of(card.runtime)
         config = {"--runtime": card.runtime, "--precision": card.precision, "--devices": device.replace("gpu", "gpu:0")}
-        count = round(images * min(max(card.rows_per_s / RATE_GUESS, 1.0), TIMES_MAX))
+        # Whole batches, as the others get: a padded one at the end would weigh more here than in a night.
+        count = _whole(round(images * min(max(card.rows_per_s / RATE_GUESS, 1.0), TIMES_MAX)), card.batch)
         name, change = f"nightjar {card.runtime} {card.precision}", f"our pipeline, {card.runtime} {card.precision}"
         yield Rung(name, change, "10", count, "index", config, card.precision, device, core=True)
     missing = {

@@ -22,6 +22,7 @@ from types import TracebackType
 from typing import Any, Literal, NamedTuple
 
 import h5py
+import msgspec
 import numpy as np
 
 from pipeline.batch import Item, Mark, Reason
@@ -45,8 +46,7 @@ class PendingItem(NamedTuple):
     size_bytes: int
 
 
-@dataclass(frozen=True, slots=True)
-class Outcome:
+class Outcome(msgspec.Struct, frozen=True):
     """What became of one pending input. "embedded" ones stand in the order of the shard's rows."""
 
     id: int
