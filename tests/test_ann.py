@@ -12,6 +12,7 @@ import subprocess
 import sys
 import time
 from collections.abc import Callable, Iterator
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -20,11 +21,11 @@ import numpy as np
 import numpy.typing as npt
 import pytest
 from store_model import DIM, PHOTOS, SPACE, embed, item, run, some, vector_of
-from test_store_crash import STEPS, in_fork
+from test_store_crash import die_at, in_fork, in_fresh_process
 
 from pipeline.run_record import Clock
 from pipeline.search.index import Index
-from pipeline.store import Block, Generation, Store, StoreDamaged, Turn, ann, fold, manifest, show_generation, store
+from pipeline.store import Block, Generation, Store, StoreDamaged, Turn, ann, fold, manifest, show_generation
 from pipeline.store.check import Health, check_data, open_readonly
 from pipeline.store.check_shown import check_generations
 from pipeline.store.drop import drop_broken, drop_generations
@@ -379,32 +380,10 @@ def kill_at_every_step(folder: Path) -> None:
     run(base, some(90))
     after = some(120, start=30)
 
-    def die_at(step: int, out: Path) -> Callable[[], None]:
-        def work() -> None:
-            left = step
-
-            def hook(event: str, _: object = None) -> None:
-                nonlocal left
-                if event in STEPS:
-                    left -= 1
-                    if left == 0:
-                        os.kill(os.getpid(), signal.SIGKILL)
-
-            def connect(path: Path) -> sqlite3.Connection:
-                db = manifest.connect(path)
-                db.set_trace_callback(hook)
-                return db
-
-            sys.addaudithook(hook)
-            store.connect = connect
-            run(out, after)
-
-        return work
-
     for step in range(1, 1000, 4):
         out = folder / f"step{step}"
         shutil.copytree(base, out, symlinks=True)
-        status = in_fork(die_at(step, out))
+        status = in_fork(die_at(step, partial(run, out, after)))
         with Generation.open(out) as generation:
             seen = set(generation.keys(np.arange(generation.rows)))
         assert seen in (set(some(90)), set(after))
@@ -425,11 +404,7 @@ def kill_at_every_step(folder: Path) -> None:
 
 
 def test_killed_at_every_step_graphs_are_in_step(tmp_path: Path) -> None:
-    code = f"import sys, pathlib, {__name__} as tests; tests.kill_at_every_step(pathlib.Path(sys.argv[1]))"
-    repo = Path(__file__).resolve().parents[1]
-    env = {**os.environ, "PYTHONPATH": f"{repo}{os.pathsep}{repo / 'tests'}"}
-    done = subprocess.run([sys.executable, "-c", code, str(tmp_path)], env=env, capture_output=True, text=True)
-    assert done.returncode == 0, done.stdout + done.stderr
+    in_fresh_process(kill_at_every_step, tmp_path)
 
 
 @pytest.mark.usefixtures("graphs")

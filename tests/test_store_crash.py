@@ -17,6 +17,7 @@ import subprocess
 import sys
 import time
 from collections.abc import Callable
+from functools import partial
 from pathlib import Path
 
 import h5py
@@ -40,7 +41,7 @@ REPO = Path(__file__).resolve().parents[1]
 
 
 def in_fresh_process(function: Callable[[Path], None], path: Path) -> None:
-    code = f"import sys, pathlib, {__name__} as tests; tests.{function.__name__}(pathlib.Path(sys.argv[1]))"
+    code = f"import sys, pathlib, {function.__module__} as tests; tests.{function.__name__}(pathlib.Path(sys.argv[1]))"
     env = {**os.environ, "PYTHONPATH": f"{REPO}{os.pathsep}{REPO / 'tests'}"}
     done = subprocess.run(
         [sys.executable, "-W", "error", "-c", code, str(path)], env=env, capture_output=True, text=True
@@ -97,8 +98,33 @@ AFTER = {**some(20, start=8), "renamed": b"picture 1", "third": b"picture 9", "b
 STEPS = {"open", "os.mkdir", "os.rename", "os.remove", "os.rmdir", "os.symlink", "BEGIN IMMEDIATE", "COMMIT"}
 
 
+def die_at(step: int, work: Callable[[], object]) -> Callable[[], None]:
+    """Every change to a folder raises an audit event, transactions are traced; `work` dies at its `step`-th step."""
+
+    def dies() -> None:
+        left = step
+
+        def hook(event: str, _: object = None) -> None:
+            nonlocal left
+            if event in STEPS:
+                left -= 1
+                if left == 0:
+                    os.kill(os.getpid(), signal.SIGKILL)
+
+        def connect(path: Path) -> sqlite3.Connection:
+            db = manifest.connect(path)
+            db.set_trace_callback(hook)
+            return db
+
+        sys.addaudithook(hook)
+        store.connect = connect
+        work()
+
+    return dies
+
+
 def kill_at_every_step(folder: Path) -> None:
-    """Every change to a folder raises an audit event, transactions are traced; the k-th run dies at the k-th step."""
+    """The k-th run dies at its k-th step."""
     fold.SMALL_MAX, fold.SEGMENT_ROWS = 3, 10
     amend.TOUCHED_SHARE_MAX = 1.0  # the last table is amended, not written whole
     base = folder / "base"
@@ -106,33 +132,11 @@ def kill_at_every_step(folder: Path) -> None:
         run(base, dict(list(BEFORE.items())[:count]), chunk=5)
     run(base, BEFORE, chunk=5)
 
-    def die_at(step: int, out: Path) -> Callable[[], None]:
-        def work() -> None:
-            left = step
-
-            def hook(event: str, _: object = None) -> None:
-                nonlocal left
-                if event in STEPS:
-                    left -= 1
-                    if left == 0:
-                        os.kill(os.getpid(), signal.SIGKILL)
-
-            def connect(path: Path) -> sqlite3.Connection:
-                db = manifest.connect(path)
-                db.set_trace_callback(hook)
-                return db
-
-            sys.addaudithook(hook)
-            store.connect = connect
-            run(out, AFTER, chunk=5)
-
-        return work
-
     amended = 0
     for step in range(1, 1000):
         out = folder / f"step{step}"
         shutil.copytree(base, out, symlinks=True)
-        status = in_fork(die_at(step, out))
+        status = in_fork(die_at(step, partial(run, out, AFTER, chunk=5)))
         contents = {*BEFORE.values(), *AFTER.values()}
         with Generation.open(out, check="digest") as generation:
             keys = by_key(generation).keys()
