@@ -122,10 +122,11 @@ def choose(
     ]
     refused: list[str] = []
     fit: list[tuple[Path, EngineCard]] = []
-    for path, card in asked:
-        why = refusal(artifact, path, card) or (_doubt(card) if runtime == "auto" else "")
+    for path, card in sorted(asked, key=lambda found: found[1].rows_per_s, reverse=True):
+        why = _wrong_host(card) or _outdated(artifact, path, card) or (_doubt(card) if runtime == "auto" else "")
         if not why and precision == "auto" and card.precision == "int8":
             why = "int8 is only taken where it is named (--precision int8)"
+        why = why or ("" if fit else _damaged(path, card))  # reads it whole: of the one that is taken alone
         if why:
             refused.append(f"{path.parent.name}: {why}")
         else:
@@ -135,8 +136,8 @@ def choose(
         line = f"make engines MODEL={artifact.spec.model}" + (f" RUNTIME={runtime}" if runtime != "auto" else "")
         wish = f"runtime {runtime}, precision {precision}"
         raise EngineUnavailable(f"no {tower} engine for {wish}: {reasons}. Run: {line}")
-    path, card = max(fit, key=lambda found: found[1].rows_per_s)
-    against = ", ".join(f"{c.runtime} {c.precision} {c.rows_per_s:.1f}" for _, c in fit if c is not card)
+    path, card = fit[0]
+    against = ", ".join(f"{c.runtime} {c.precision} {c.rows_per_s:.1f}" for _, c in fit[1:])
     reason = f"{card.runtime} {card.precision}, {card.rows_per_s:.1f} rows/s when built"
     reason += f" (against {against})" if against else " (the only one)"
     return Choice(path, card, "; ".join([reason, *(f"passed over {why}" for why in refused)]))
@@ -179,17 +180,22 @@ def _wrong_host(card: EngineCard) -> str:
 
 def stale(artifact: Artifact, path: Path, card: EngineCard) -> str:
     """Why the engine of `card` no longer belongs to `artifact` and to what is installed; empty where it does."""
+    return _outdated(artifact, path, card) or _damaged(path, card)
+
+
+def _outdated(artifact: Artifact, path: Path, card: EngineCard) -> str:
     if card.weights_digest != artifact.spec.weights_digest:
         return f"built from weights {card.weights_digest[:8]}, the artifact has {artifact.spec.weights_digest[:8]}"
     for package, built_with in card.versions.items():
         if (installed := _version(package)) != built_with:
             return f"built with {package} {built_with}, installed is {installed}"
-    file = path.parent / card.file
-    if not file.is_file():
-        return f"{card.file} is missing"
-    if (digest := file_digest(file)) != card.file_digest:
-        return f"{card.file} has digest {digest[:8]}, its card says {card.file_digest[:8]}: damaged or replaced"
-    return ""
+    return "" if (path.parent / card.file).is_file() else f"{card.file} is missing"
+
+
+def _damaged(path: Path, card: EngineCard) -> str:
+    if (digest := file_digest(path.parent / card.file)) == card.file_digest:
+        return ""
+    return f"{card.file} has digest {digest[:8]}, its card says {card.file_digest[:8]}: damaged or replaced"
 
 
 def file_digest(path: Path) -> str:
