@@ -13,8 +13,10 @@ import pytest
 from pictures import write_folder
 from runs import index, run_module
 
-from engines.spec import find_artifact
+from engines.spec import ArtifactMissing, find_artifact
 from pipeline import devices
+from pipeline.bench import settings
+from pipeline.bench.processes import Limit
 from pipeline.devices import EngineWish, plan, resolve_devices
 from pipeline.setting import Setting, Tuned, default_setting, tuned_for, tuned_path
 from pipeline.sources import open_source
@@ -181,6 +183,26 @@ def test_index_uses_what_was_found_and_says_so(photos: Path, tiny_model: Path, t
         assert "devices cpu,cpu: named" in named.stderr
     finally:
         path.unlink(missing_ok=True)
+
+
+def test_what_was_found_is_measured_against_others(
+    photos: Path, tiny_model: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    for name, value in (("POINTS_MAX", 2), ("SECONDS_MIN", 0.3), ("BATCHES_MIN", 1)):
+        monkeypatch.setattr(settings, name, value)
+    with pytest.raises(ArtifactMissing, match=r"python -m pipeline\.tune"):
+        list(settings.settings(str(tiny_model), photos, 1, Limit(60), tmp_path))
+    choice = EngineWish(find_artifact(str(tiny_model)), "ort-cpu", "fp32").choice("cpu")
+    try:
+        tuned_path(choice).write_text(a_tuned(choice).to_json())
+        (work := tmp_path / "work").mkdir()
+        *_, whole = settings.settings(str(tiny_model), photos, 1, Limit(60), work)
+    finally:
+        tuned_path(choice).unlink(missing_ok=True)
+    (found,) = whole["found"]
+    assert (found["engine"], found["measured"], len(whole["points"])) == ("ort-cpu fp32", 2, 2)
+    assert max(point["over_best"] for point in whole["points"]) == 1.0
+    assert found["over_best"] == whole["points"][0]["over_best"] > 0, "the first point is what was found"
 
 
 @pytest.mark.parametrize(

@@ -8,6 +8,7 @@
     startup   what a run pays once: imports, engine, first batch, tail, commit, publish; and for nothing to do
     null      what the pipeline itself costs an image, by number of images: an engine and a decoder that do nothing
     race      end to end, five interleaved rounds against fastembed and Hugging Face
+    tune      what pipeline.tune found for this CPU, against eleven other settings
     memory    peak RSS of lane and coordinator by number of pictures
     store     rows/s into shards alone, and with the manifest
     size      bytes, milliseconds and recall of smaller vectors: one byte, one bit, fewer dimensions; with re-rank
@@ -32,7 +33,7 @@ from typing import Any
 
 from engines.hardware import cpu_info, host_id
 from engines.spec import ArtifactMissing
-from pipeline.bench import encoders, figures, memory, null_engine, peers, race, roofline, size, startup, store
+from pipeline.bench import encoders, figures, memory, null_engine, peers, race, roofline, settings, size, startup, store
 from pipeline.bench.energy import read_energy
 from pipeline.bench.ladder import ladder
 from pipeline.bench.processes import Limit
@@ -43,7 +44,7 @@ NEEDS = {  # beside --out
     "ladder": ("pictures", "model"), "peers": ("pictures", "model"), "race": ("pictures", "model"),
     "memory": ("pictures", "model"), "text": ("model",), "encoders": ("pictures", "model"),
     "roofline": ("pictures", "model"), "startup": ("pictures", "model"), "null": ("model",), "store": (),
-    "size": ("index",),
+    "size": ("index",), "tune": ("pictures", "model"),
 }  # fmt: skip
 LIMITS_S = {
     "ladder": 720.0,
@@ -54,6 +55,7 @@ LIMITS_S = {
     "startup": 90.0,
     "null": 90.0,
     "size": 120.0,
+    "tune": 900.0,
 }
 
 
@@ -103,6 +105,7 @@ def measure(args: argparse.Namespace, limit: Limit, work: Path) -> Iterable[dict
         "memory": lambda: [memory.memory(pictures, model, images or [1000, 10_000])],
         "store": lambda: [store.store(131_072, 512, rounds)],
         "size": lambda: size.size(args.index, limit),
+        "tune": lambda: settings.settings(model, pictures, rounds, limit, work),
     }
     return parts[args.what]()
 
