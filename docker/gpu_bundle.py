@@ -58,6 +58,7 @@ PINS = (
     Pin("blake3", "1.0.11", "1.0.8", "content hashes"),
     Pin("h5py", "3.16.0", "3.14", "shards"),
     Pin("fsspec", "2026.9.0", "2026.1", "sources"),
+    Pin("msgspec", "0.22.0", "0.20", "what lanes tell the coordinator"),
     Pin("numkong", "7.8.6", "7.8", "exact search"),
     Pin("usearch", "2.26.6", "2.26", "search beside the exact one"),
     Pin("jinja2", "3.1.6", "3.1", "the page about a run"),
