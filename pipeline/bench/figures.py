@@ -38,7 +38,7 @@ def write(part: str, result: dict[str, Any], out: Path) -> list[Path]:
         for name, rows in tables(result):
             columns = list(dict.fromkeys(key for row in rows for key in row))
             text += [f"## {name.replace('_', ' ')}", "", *table(columns, rows), ""]
-            written.append(_csv(out / f"{part}-{name}.csv", columns, rows))
+            written.append(_csv(out / f"{part}-{name}.csv".replace(" ", "-"), columns, rows))
     (target := out / f"{part}.md").write_text("\n".join(text).rstrip() + "\n")
     return [target, *written]
 
