@@ -29,7 +29,8 @@ from typing import Any
 
 HERE = Path(__file__).parent
 HANG_S = 30
-MEMORY_MB = 1_000
+MEMORY_MB = dict.fromkeys(("decode", "tar", "json", "config"), 1_000)
+MEMORY_MB["parquet"] = 2_300  # a page may claim 2 GB: Arrow 26 takes and clears them before it looks at the file
 SEED_BYTES_MAX = 30_000
 NASTY = [
     struct.pack(order + kind, number & (256 ** struct.calcsize(kind) - 1))
@@ -265,7 +266,7 @@ def run(target: str, seconds: float, seed: int, folder: Path, pictures: list[Pat
         start_s = time.monotonic()
         ended[one(content)] += 1
         slowest_s, tried = max(slowest_s, time.monotonic() - start_s), tried + 1
-        assert peak_mb() - start_mb < MEMORY_MB, f"it takes {peak_mb() - start_mb:.0f} MB"
+        assert peak_mb() - start_mb < MEMORY_MB[target], f"it takes {peak_mb() - start_mb:.0f} MB"
     faulthandler.cancel_dump_traceback_later()
     return {
         "tried": tried,
