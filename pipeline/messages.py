@@ -6,7 +6,7 @@ process that holds the store. What the coordinator sends is pickled: a lane trus
 
 from __future__ import annotations
 
-from typing import TypeAlias
+from typing import Annotated, TypeAlias
 
 import msgspec
 
@@ -64,7 +64,7 @@ class Tick(msgspec.Struct, tag=True):
     decode_wait_s: float = 0.0  # decoder waiting for bytes
     slot_wait_s: float = 0.0  # decoder waiting for a free engine buffer
     encode_wait_s: float = 0.0  # engine waiting for pixels
-    seconds: float = 0.0
+    seconds: Annotated[float, msgspec.Meta(gt=0)] = 0.0  # when it is told
 
     @property
     def bound(self) -> str:

@@ -457,6 +457,7 @@ SAID: dict[str, Callable[[Path], bytes]] = {
     "another file": lambda _: encode(replace(DONE, shard=dataclasses.replace(SHARD, name="shards/000006.h5"))),
     "a file elsewhere": lambda _: encode(replace(DONE, shard=dataclasses.replace(SHARD, name="../000007.h5"))),
     "another status": lambda _: encode(DONE).replace(b"copied", b"gopied"),
+    "no time": lambda _: encode(Tick(rows=5)),
     "another type": lambda _: encode(replace(DONE, decoders={"cpu": "2"})),  # type: ignore[dict-item]
 }
 
