@@ -69,7 +69,7 @@ def _compare(
         covered[first : first + count] = True
     for graph in files:
         listed = np.fromfile(out / graph.keys.name, "<u8")
-        held = np.sort(np.asarray(view_graph(out / graph.graph.name).keys))
+        held = np.sort(np.asarray(view_graph(out / graph.graph.name, keys=True).keys))
         if not np.array_equal(listed, held):
             health.broken.graphs.add(graph.graph.name)
             words = f"{len(np.setxor1d(listed, held)):,} are in one of them alone"
