@@ -94,8 +94,10 @@ def end_to_end(job: Job, arch: str, short: str, devices: str = "gpu:0") -> Findi
     pictures, seconds = (big[key] - small[key] for key in ("embedded", "seconds"))
     rate = round(pictures / seconds) if seconds > 0 else 0
     whole = " and ".join(f"{one['embedded']} in {one['seconds']} s" for one in (small, big))
-    answer = f"{rate} img/s between {whole}, bound by {big['bound']}, engine {runtime}"
-    return Finding(rate > 0, answer, {"figures": {f"{short} end to end": rate}, "runs": [small, big]})
+    lanes = " and ".join(big["lanes"])  # one of two may have come too late to do anything
+    answer = f"{rate} img/s between {whole}, bound by {big['bound']}, by {lanes}"
+    evidence = {"figures": {f"{short} end to end": rate}, "devices": devices, "runs": [small, big]}
+    return Finding(rate > 0, answer, evidence)
 
 
 def _index(job: Job, arch: str, runtime: str, name: str, devices: str) -> dict[str, Any]:
