@@ -58,7 +58,8 @@ def settings(model: str, pictures: Path, rounds: int, limit: Limit, work: Path) 
                 if limit.left_s > 2 * seconds:
                     seen.append(tuning.measure(setting, seconds).rows_per_s)
         engine = f"{card.runtime} {card.precision}"
-        medians = {one: statistics.median(seen) for one, seen in rates.items() if seen}
+        rounds_done = max(1, min(map(len, rates.values())))  # rounds differ: one that was cut does not count
+        medians = {one: statistics.median(seen[:rounds_done]) for one, seen in rates.items() if seen}
         best = max(medians.values(), default=0.0)
         whole["points"] += [
             {"engine": engine, "setting": one.words("cpu"), "images_per_s": median, "over_best": median / best,
@@ -66,7 +67,7 @@ def settings(model: str, pictures: Path, rounds: int, limit: Limit, work: Path) 
             for one, median in medians.items()
         ]  # fmt: skip
         whole["found"].append(
-            {"engine": engine, "setting": tuned.setting.words("cpu"), "measured": len(medians), "rounds": rounds,
+            {"engine": engine, "setting": tuned.setting.words("cpu"), "measured": len(medians), "rounds": rounds_done,
              "search_s": tuned.seconds, "over_best": medians.get(tuned.setting, 0.0) / best if best else None}
         )  # fmt: skip
         yield whole
