@@ -75,7 +75,7 @@ def content_keys(hashes: npt.NDArray[np.uint8]) -> npt.NDArray[np.uint64]:
 def view_graph(path: Path, keys: bool = False) -> Index:
     """A graph as a read-only mapping; it stays valid after the file is unlinked.
 
-    With `keys` it can list its keys, for which every row is looked at: a second for a million.
+    With `keys` it can list its keys, for which every row is looked at: 46 instead of 17 ms for 200,000.
     """
     from pipeline.store.usearch_lib import Index  # 40 ms, for those alone who have graphs
 
