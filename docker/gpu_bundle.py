@@ -60,7 +60,7 @@ PINS = (
     Pin("fsspec", "2026.9.0", "2026.1", "sources"),
     Pin("msgspec", "0.22.0", "0.20", "what lanes tell the coordinator"),
     Pin("numkong", "7.8.6", "7.8", "exact search"),
-    Pin("usearch", "2.26.6", "2.26", "search beside the exact one"),
+    Pin("usearch", "2.26.6", "2.26", "rows exported for it"),
     Pin("jinja2", "3.1.6", "3.1", "the page about a run"),
     Pin("markupsafe", "3.0.4", "2.0", "needed by jinja2"),
     Pin("tokenizers", "0.23.3", "0.23.1", "text queries"),

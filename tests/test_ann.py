@@ -1,4 +1,4 @@
-"""Search answers with what is published, nothing else: exactly, or by graphs that are in step with every generation."""
+"""Search answers with what is published, nothing else: exactly, or by lists that are in step with every generation."""
 
 from __future__ import annotations
 
@@ -26,30 +26,32 @@ from test_store_crash import die_at, in_fork, in_fresh_process
 from pipeline.run_record import Clock
 from pipeline.search.index import Index
 from pipeline.store import Block, Generation, Store, StoreDamaged, Turn, ann, fold, manifest, show_generation
+from pipeline.store.centroids import nearest_centroid, train, two_lists
 from pipeline.store.check import Health, check_data, open_readonly
 from pipeline.store.check_shown import check_generations
 from pipeline.store.drop import drop_broken, drop_generations
-from pipeline.store.graphs import Graphs
+from pipeline.store.lists import Lists, content_keys
 from pipeline.store.scan import Scan, score
 
 QUERIES = np.stack([vector_of(b"question %d" % number) for number in range(40)])
 
 
 def small_thresholds() -> None:
-    """Graphs for indexes of some hundred rows: 20 rows may stay outside, 200 are one graph."""
-    ann.VECTOR_BYTES_MIN, ann.TAIL_BYTES_MAX, ann.GRAPH_ROWS, ann.ADD_ROWS = 1, 20 * 2 * DIM, 200, 64
+    """Lists for indexes of some hundred rows: 20 rows may stay outside, 400 entries are one file."""
+    ann.VECTOR_BYTES_MIN, ann.TAIL_BYTES_MAX, ann.FILE_BYTES, ann.ASSIGN_ROWS = 1, 20 * 2 * DIM, 400 * DIM, 64
+    ann.PROBED = 32
 
 
 @pytest.fixture
-def graphs(monkeypatch: pytest.MonkeyPatch) -> None:
-    for name in ("VECTOR_BYTES_MIN", "TAIL_BYTES_MAX", "GRAPH_ROWS", "ADD_ROWS"):
+def lists(monkeypatch: pytest.MonkeyPatch) -> None:
+    for name in ("VECTOR_BYTES_MIN", "TAIL_BYTES_MAX", "FILE_BYTES", "ASSIGN_ROWS", "PROBED"):
         monkeypatch.setattr(ann, name, getattr(ann, name))
     small_thresholds()
 
 
 @contextlib.contextmanager
 def opened(out: Path) -> Iterator[Index]:
-    """An index that asks its graphs, however fast exact search is on some hundred rows."""
+    """An index that asks its lists, however fast exact search is on some hundred rows."""
     with Index.open(out) as index:
         index._ann_pays = True
         yield index
@@ -60,8 +62,8 @@ def content(out: Path) -> dict[str, Any]:
     return loaded
 
 
-def graph_names(out: Path) -> list[str]:
-    return [file["graph"]["name"] for file in (content(out)["ann"] or {"graphs": []})["graphs"]]
+def list_names(out: Path) -> list[str]:
+    return [file["file"]["name"] for file in (content(out)["ann"] or {"lists": []})["lists"]]
 
 
 def best(out: Path, query: npt.NDArray[np.float16], k: int, allowed: npt.NDArray[np.bool_] | None = None) -> list[int]:
@@ -72,7 +74,7 @@ def best(out: Path, query: npt.NDArray[np.float16], k: int, allowed: npt.NDArray
     return rows[np.lexsort((rows, -scores[rows]))][:k].tolist()
 
 
-def assert_graphs_answer(out: Path, recall_min: float = 0.97) -> None:
+def assert_lists_answer(out: Path, recall_min: float = 0.97) -> None:
     """Their scores are those of exact search, every row is one of the generation, and few neighbours are missing."""
     found = 0
     with opened(out) as index, h5py.File(out / "index.h5", "r", locking=False) as file:
@@ -98,7 +100,7 @@ def test_exact_search_is_brute_force_whatever_died_repeats_or_is_not_allowed(tmp
     run(tmp_path, {**some(70, start=25), **twins}, chunk=20)  # 25 rows died, 12 rows repeat one
     chance = np.random.default_rng(0)
     with Index.open(tmp_path) as index:
-        assert index.generation.ann is None, "small indexes have no graphs"
+        assert index.generation.ann is None, "small indexes have no lists"
         rows = index.generation.rows
         for query in [*QUERIES[:10], vector_of(b"picture 60")]:
             for k in (1, 9, 500):
@@ -124,90 +126,144 @@ def test_wrong_questions_are_named(tmp_path: Path) -> None:
             index.search(QUERIES[0], 0)
 
 
-# ---- graphs in step ----------------------------------------------------------------------------------------------
+# ---- lists in step -----------------------------------------------------------------------------------------------
 
 
-@pytest.mark.usefixtures("graphs")
-def test_graphs_keep_step_with_every_night(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(fold, "SMALL_MAX", 4)  # so that vectors move between files, and graphs do not care
+@pytest.mark.usefixtures("lists")
+def test_lists_keep_step_with_every_night(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(fold, "SMALL_MAX", 4)  # so that vectors move between files, and lists do not care
     run(tmp_path, some(500), chunk=60)
-    first = graph_names(tmp_path)
+    first = list_names(tmp_path)
     assert len(first) == 3
-    assert_graphs_answer(tmp_path)
+    assert_lists_answer(tmp_path)
 
     run(tmp_path, {**some(490), **some(10, start=500)}, chunk=60)  # few: nothing is built
-    assert graph_names(tmp_path) == first
+    assert list_names(tmp_path) == first
     assert sum(count for _, count in content(tmp_path)["ann"]["tail"]) == 10
-    assert_graphs_answer(tmp_path)
+    assert_lists_answer(tmp_path)
 
-    run(tmp_path, {**some(490), **some(60, start=500)}, chunk=60)  # more: the smallest graph is copied and grows
-    assert graph_names(tmp_path)[:2] == first[:2]
-    assert len(graph_names(tmp_path)) == 3
+    run(tmp_path, {**some(490), **some(60, start=500)}, chunk=60)  # more: they go into a file with the smallest
+    assert list_names(tmp_path)[:2] == first[:2]
+    assert len(list_names(tmp_path)) == 3
     assert content(tmp_path)["ann"]["tail"] == []
-    assert_graphs_answer(tmp_path)
+    assert_lists_answer(tmp_path)
 
     renamed = {f"moved/{key}": picture for key, picture in some(300, start=250).items()}
     twins = {f"twin/{number}": b"picture 300" for number in range(30)}
-    run(tmp_path, {**renamed, **twins}, chunk=60)  # mostly dead: what lives is inserted anew
-    assert first[0] not in graph_names(tmp_path)
-    assert_graphs_answer(tmp_path)
+    run(tmp_path, {**renamed, **twins}, chunk=60)  # mostly dead: what lives goes on without the rest
+    assert first[0] not in list_names(tmp_path)
+    assert_lists_answer(tmp_path)
     with opened(tmp_path) as index:
         all_twins = index.search(vector_of(b"picture 300"), 31)
         assert sorted(all_twins.keys) == sorted([*twins, "moved/dir/00300.jpg"])
 
     run(tmp_path, {**renamed, **some(20)}, chunk=60)  # pictures that were gone and came back
-    assert_graphs_answer(tmp_path)
+    assert_lists_answer(tmp_path)
     entry = content(tmp_path)["ann"]
     assert entry["recall"] >= ann.RECALL_MIN
     assert (entry["recall_k"], entry["queries"]) == (10, ann.QUERIES)
     kept = {name for path in tmp_path.glob("generations/*/generation.json")
             for name in ann.names_of(json.loads(path.read_text())["ann"])}  # fmt: skip
-    assert {f"ann/{path.name}" for path in (tmp_path / "ann").iterdir()} == kept, "no graph outlives its generations"
+    assert {f"ann/{path.name}" for path in (tmp_path / "ann").iterdir()} == kept, "no file outlives its generations"
 
 
-@pytest.mark.usefixtures("graphs")
+@pytest.mark.usefixtures("lists")
 def test_where_all_neighbours_died_the_next_ones_are_found(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(ann, "GRAPH_ROWS", 1000)
-    monkeypatch.setattr(ann, "DEAD_SHARE_MAX", 1.0)
+    monkeypatch.setattr(ann, "FILE_BYTES", 2000 * DIM)
+    monkeypatch.setattr(ann, "LIVE_MIN", 0.0)
     pictures = some(900)
     run(tmp_path, pictures, chunk=300)
     query = QUERIES[0]
     near = sorted(pictures, key=lambda key: -float(vector_of(pictures[key]).astype(np.float32) @ query))
     for dead in (50, 600):
         run(tmp_path, {key: pictures[key] for key in near[dead:]})
-        assert len(graph_names(tmp_path)) == 1
+        assert len(list_names(tmp_path)) == 1
         with opened(tmp_path) as index:
             assert index.search(query, 9).keys == near[dead : dead + 9]
 
 
-def test_what_no_link_of_a_graph_leads_to_is_found_all_the_same(tmp_path: Path) -> None:
-    """USearch drops links between vectors that are nearly the same until nothing leads to some of them any more."""
-    from pipeline.store.usearch_lib import Index as Graph
-
-    dim, rows, unreached = 64, 60, 0
-    for seed in range(200):
-        chance = np.random.default_rng(seed)
-        wide = chance.standard_normal(dim) + 0.02 * chance.standard_normal((rows, dim))
-        emb_nd = (wide / np.linalg.norm(wide, axis=1, keepdims=True)).astype(np.float16)
-        graph = Graph(ndim=dim, metric="ip", dtype="f16", connectivity=ann.CONNECTIVITY,
-                      expansion_add=ann.EXPANSION_ADD, enable_key_lookups=False)  # fmt: skip
-        keys = np.arange(rows, dtype=np.uint64)
-        graph.add(keys, emb_nd, threads=1)
-        found = graph.search(emb_nd[0], rows)
-        if np.count_nonzero(~np.isnan(found.distances)) == rows:
-            continue
-        unreached += 1
-        np.save(tmp_path / "vectors.npy", emb_nd)
-        mapped = np.load(tmp_path / "vectors.npy", mmap_mode="r")
-        scan = Scan([Block("vectors.npy", mapped, 0, np.array([[0, rows]]))])
-        graphs = Graphs([graph], np.stack([keys, keys]), np.empty(0, np.int64), scan, 512)
-        assert graphs.nearest(emb_nd[0], 10) is None, "an exact search is asked for"
-        graphs.close()
-        scan.close()
-    assert unreached, "no graph of 200 had such a row"
+@pytest.mark.usefixtures("lists")
+def test_nights_of_some_pictures_leave_few_files(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(ann, "FILE_BYTES", 20_000 * DIM)
+    run(tmp_path, some(400), chunk=100)
+    counts, written = [], 0
+    for night in range(1, 13):
+        before = set(list_names(tmp_path))
+        run(tmp_path, some(400 + 30 * night), chunk=100)
+        counts.append(len(list_names(tmp_path)))
+        new = [file["entries"] for file in content(tmp_path)["ann"]["lists"] if file["file"]["name"] not in before]
+        assert len(new) == 1
+        written += new[0]
+    assert max(counts) <= 4
+    assert written <= 2 * 5 * 12 * 30, "of what is new, not of all that is there"
+    held = np.concatenate([Lists.open(tmp_path / name).keys for name in list_names(tmp_path)])
+    with h5py.File(tmp_path / "index.h5", "r", locking=False) as file:
+        assert sorted(held.tolist()) == sorted(2 * content_keys(file["content_hash"][:]).tolist()), "two lists each"
+    assert_lists_answer(tmp_path)
+    run(tmp_path, some(2000), chunk=500)  # more than four times what the centroids were made for
+    assert content(tmp_path)["ann"]["centroids_rows"] == 2000
+    assert len(list_names(tmp_path)) == 1
+    assert_lists_answer(tmp_path)
 
 
-@pytest.mark.usefixtures("graphs")
+@pytest.mark.usefixtures("lists")
+def test_with_every_list_looked_at_the_answer_is_the_exact_one(tmp_path: Path) -> None:
+    run(tmp_path, some(390), chunk=100)
+    run(tmp_path, {**some(370), **some(12, start=390), **{f"twin/{number}": b"picture 60" for number in range(12)}})
+    with opened(tmp_path) as index:
+        lookup = index._lookup
+        assert lookup is not None
+        assert content(tmp_path)["ann"]["tail"]
+        lookup.probed = lookup.entries
+        for query in [*QUERIES, vector_of(b"picture 60")]:
+            for k in (1, 9, 100):
+                exact, found = index.search(query, k, exact=True), index.search(query, k)
+                assert (exact.exact, found.exact) == (True, False)
+                assert found.rows.tolist() == exact.rows.tolist()
+                assert found.scores.tolist() == exact.scores.tolist()
+
+
+def scan_of(path: Path, wide_nd: npt.NDArray[np.float64]) -> Scan:
+    np.save(path, (wide_nd / np.linalg.norm(wide_nd, axis=1, keepdims=True)).astype(np.float16))
+    return Scan([Block(path.name, np.load(path, mmap_mode="r"), 0, np.array([[0, len(wide_nd)]]))])
+
+
+def test_centroids_stand_where_the_vectors_are(tmp_path: Path) -> None:
+    chance = np.random.default_rng(0)
+    cluster_of = chance.choice(10, 3000, p=np.array([300, 100, 60, 20, 10, 4, 3, 1, 1, 1]) / 500)
+    scan = scan_of(
+        tmp_path / "vectors.npy", 3 * np.eye(10, 16)[cluster_of] + 0.2 * chance.standard_normal((3000, 16))
+    )
+    centroids_ld = train(scan, np.arange(3000), chance)
+    assert len(centroids_ld) == 219, "four times the root of the rows"
+    wide_nd, wide_ld = scan.gather(np.arange(3000)).astype(np.float32), centroids_ld.astype(np.float32)
+    assert np.allclose(np.linalg.norm(wide_ld, axis=1), 1, atol=2e-3)
+    list_of, second = two_lists(scan.gather(np.arange(3000)), centroids_ld).T
+    assert np.array_equal(list_of, nearest_centroid(scan.gather(np.arange(3000)), centroids_ld))
+    assert np.array_equal(list_of, np.argmax(wide_nd @ wide_ld.T, axis=1))
+    own = np.einsum("nd,nd->n", wide_nd, wide_ld[list_of])
+    assert own.min() > 0.8, "no vector is far from its centroid"
+    r_nld = wide_nd[:100, None] - wide_ld[None]
+    first_nd = np.take_along_axis(r_nld, list_of[:100, None, None], 1)[:, 0]
+    first_nd /= np.linalg.norm(first_nd, axis=1, keepdims=True)
+    loss_nl = np.square(r_nld).sum(2) + np.einsum("nld,nd->nl", r_nld, first_nd) ** 2
+    loss_nl[np.arange(100), list_of[:100]] = np.inf
+    chosen = loss_nl[np.arange(100), second[:100]]
+    assert np.allclose(chosen, loss_nl.min(axis=1), atol=1e-3), "SOAR's loss, term by term"
+    assert all(len(set(cluster_of[list_of == number])) <= 1 for number in range(219)), "no list mixes clusters"
+    scan.close()
+
+
+@pytest.mark.parametrize("rows", [1, 2, 50])
+def test_vectors_that_are_all_the_same_have_centroids(tmp_path: Path, rows: int) -> None:
+    scan = scan_of(tmp_path / "vectors.npy", np.ones((rows, 8)))
+    centroids_ld = train(scan, np.arange(rows), np.random.default_rng(0))
+    assert len(centroids_ld) == min(rows, int(4 * rows**0.5))
+    assert np.all(np.isfinite(centroids_ld))
+    scan.close()
+
+
+@pytest.mark.usefixtures("lists")
 @pytest.mark.parametrize("looks", [0, 3])
 def test_what_time_does_not_allow_is_searched_exactly(tmp_path: Path, looks: int) -> None:
     left, clock = looks, Clock()
@@ -230,11 +286,11 @@ def test_what_time_does_not_allow_is_searched_exactly(tmp_path: Path, looks: int
     if looks == 0:
         assert content(tmp_path)["ann"] is None
     else:
-        assert 0 < content(tmp_path)["ann"]["graphs"][0]["rows"] < 200
-        assert_graphs_answer(tmp_path)
+        assert 0 < content(tmp_path)["ann"]["lists"][0]["entries"] < 400
+        assert_lists_answer(tmp_path)
     run(tmp_path, {**pictures, "one": b"more"})  # the next night goes on
     assert sum(count for _, count in content(tmp_path)["ann"]["tail"]) <= 20
-    assert_graphs_answer(tmp_path)
+    assert_lists_answer(tmp_path)
 
 
 def test_a_phase_within_another_counts_once() -> None:
@@ -249,26 +305,26 @@ def test_a_phase_within_another_counts_once() -> None:
     assert sum(clock.phases_s.values()) <= time.monotonic() - start_s + 0.002
 
 
-@pytest.mark.usefixtures("graphs")
-def test_generations_roll_back_with_their_graphs_and_models_have_their_own(tmp_path: Path) -> None:
+@pytest.mark.usefixtures("lists")
+def test_generations_roll_back_with_their_lists_and_models_have_their_own(tmp_path: Path) -> None:
     run(tmp_path, some(100))
-    first = graph_names(tmp_path)
+    first = list_names(tmp_path)
     run(tmp_path, some(300))
-    assert graph_names(tmp_path) != first
+    assert list_names(tmp_path) != first
     show_generation(tmp_path, 1)
-    assert graph_names(tmp_path) == first
-    assert_graphs_answer(tmp_path)
+    assert list_names(tmp_path) == first
+    assert_lists_answer(tmp_path)
     show_generation(tmp_path, None)
     run(tmp_path, some(300), space="space-b")
     assert content(tmp_path)["space"] == "space-b"
-    assert not set(graph_names(tmp_path)) & set(first)
-    assert_graphs_answer(tmp_path)
+    assert not set(list_names(tmp_path)) & set(first)
+    assert_lists_answer(tmp_path)
 
 
-@pytest.mark.usefixtures("graphs")
+@pytest.mark.usefixtures("lists")
 def test_an_open_index_outlives_its_files(tmp_path: Path) -> None:
     run(tmp_path, some(300))
-    names = graph_names(tmp_path)
+    names = list_names(tmp_path)
     with opened(tmp_path) as index:
         before = [index.search(query, 9).rows.tolist() for query in QUERIES]
         for night in range(1, 5):
@@ -279,18 +335,32 @@ def test_an_open_index_outlives_its_files(tmp_path: Path) -> None:
         assert index.search(QUERIES[0], 9).keys
 
 
-@pytest.mark.usefixtures("graphs")
-def test_a_generation_of_an_earlier_version_answers(tmp_path: Path) -> None:
+@pytest.mark.usefixtures("lists")
+@pytest.mark.parametrize("graphs", [False, True])
+def test_a_generation_of_an_earlier_version_answers(tmp_path: Path, graphs: bool) -> None:
     run(tmp_path, some(100))
     path = tmp_path / "current" / "generation.json"
     old = json.loads(path.read_text())
-    del old["ann"]
-    path.write_text(json.dumps(old))
     shutil.rmtree(tmp_path / "ann")
+    (tmp_path / "ann").mkdir()
+    del old["ann"]
+    names = []
+    if graphs:
+        names = [f"ann/000001-000001.{kind}" for kind in ("usearch", "keys")]
+        old["ann"] = {"graphs": [{kind: {"name": name} for kind, name in zip(("graph", "keys"), names, strict=True)}]}
+        for name in names:
+            (tmp_path / name).touch()
+    with contextlib.closing(manifest.connect(tmp_path / "manifest.sqlite")) as db:
+        files = [file["name"] for file in old["files"]]
+        db.execute("UPDATE generation SET files = ?", (json.dumps([*files, *names]),))
+    path.write_text(json.dumps(old))
+    assert not check(tmp_path).findings
     with Index.open(tmp_path) as index:
         assert index.search(QUERIES[0], 9).rows.tolist() == best(tmp_path, QUERIES[0], 9)
-    run(tmp_path, some(130))
-    assert_graphs_answer(tmp_path)
+    for count in (130, 160, 190, 220, 250):  # until nothing keeps the first one any more
+        run(tmp_path, some(count))
+        assert_lists_answer(tmp_path, 0.95)
+    assert not [path for path in (tmp_path / "ann").iterdir() if path.suffix != ".h5"]
 
 
 # ---- damage ------------------------------------------------------------------------------------------------------
@@ -314,16 +384,35 @@ def sign(out: Path, name: str) -> None:
     listing = out / "current" / "generation.json"
     loaded = json.loads(listing.read_text())
     entry = loaded["ann"]
-    for own in [entry["map"], *(graph[kind] for graph in entry["graphs"] for kind in ("graph", "keys"))]:
+    for own in [entry["map"], entry["centroids"], *(file["file"] for file in entry["lists"])]:
         if own["name"] == name:
             own.update(ann.asdict(ann.OwnFile(name, (out / name).stat().st_size, ann.digest_file(out / name))))
     listing.write_text(json.dumps(loaded))
 
 
 def other_keys(out: Path, name: str) -> None:
-    keys = np.fromfile(out / name, "<u8")
-    keys[-1] += np.uint64(1)
-    keys.tofile(out / name)
+    with h5py.File(out / name, "r+") as file:
+        file["keys"][0] += np.uint64(1)
+    sign(out, name)
+
+
+def other_vectors(out: Path, name: str) -> None:
+    with h5py.File(out / name, "r+") as file:
+        file["codes"][0, 0] ^= 1
+    sign(out, name)
+
+
+def other_starts(out: Path, name: str) -> None:
+    with h5py.File(out / name, "r+") as file:
+        file["starts"][-1] -= 1
+    sign(out, name)
+
+
+def fewer_lists(out: Path, name: str) -> None:
+    with h5py.File(out / name, "r+") as file:
+        starts = file["starts"][:]
+        del file["starts"]
+        file["starts"] = np.delete(starts, 1)
     sign(out, name)
 
 
@@ -335,28 +424,31 @@ def other_rows(out: Path, name: str) -> None:
 
 
 HARMS: dict[str, tuple[str, Callable[[Path, str], None]]] = {
-    "missing graph": ("graph", lambda out, name: (out / name).unlink()),
-    "truncated graph": ("graph", lambda out, name: os.truncate(out / name, 1000)),
-    "flipped graph": ("graph", lambda out, name: flip(out / name)),
-    "missing keys": ("keys", lambda out, name: (out / name).unlink()),
-    "flipped keys": ("keys", lambda out, name: flip(out / name)),
-    "other keys": ("keys", other_keys),
+    "missing lists": ("lists", lambda out, name: (out / name).unlink()),
+    "truncated lists": ("lists", lambda out, name: os.truncate(out / name, 1000)),
+    "flipped lists": ("lists", lambda out, name: flip(out / name)),
+    "other keys": ("lists", other_keys),
+    "other vectors": ("lists", other_vectors),
+    "other starts": ("lists", other_starts),
+    "fewer lists": ("lists", fewer_lists),
+    "missing centroids": ("centroids", lambda out, name: (out / name).unlink()),
+    "flipped centroids": ("centroids", lambda out, name: flip(out / name)),
     "missing map": ("map", lambda out, name: (out / name).unlink()),
     "flipped map": ("map", lambda out, name: flip(out / name)),
     "other rows": ("map", other_rows),
 }
 
 
-@pytest.mark.usefixtures("graphs")
+@pytest.mark.usefixtures("lists")
 @pytest.mark.parametrize("harm", HARMS)
-def test_graphs_out_of_step_are_named_and_repaired(tmp_path: Path, harm: str) -> None:
+def test_lists_out_of_step_are_named_and_repaired(tmp_path: Path, harm: str) -> None:
     pictures = some(250)
     run(tmp_path, pictures)
     assert not check(tmp_path).findings
     kind, damage = HARMS[harm]
     entry = content(tmp_path)["ann"]
-    damage(tmp_path, (entry["map"] if kind == "map" else entry["graphs"][0][kind])["name"])
-    if kind != "keys" and not harm.startswith("other"):
+    damage(tmp_path, (entry["lists"][0]["file"] if kind == "lists" else entry[kind])["name"])
+    if harm.startswith(("missing", "truncated", "flipped")):
         with pytest.raises(StoreDamaged, match="--exact answers without it"):
             Index.open(tmp_path)
     with Index.open(tmp_path, exact=True) as index:
@@ -370,11 +462,11 @@ def test_graphs_out_of_step_are_named_and_repaired(tmp_path: Path, harm: str) ->
     with contextlib.closing(manifest.connect(tmp_path / "manifest.sqlite")) as db:
         drop_generations(tmp_path, db, health.broken)
     assert not check(tmp_path).findings
-    assert_graphs_answer(tmp_path)
+    assert_lists_answer(tmp_path)
 
 
 def kill_at_every_step(folder: Path) -> None:
-    """As test_store_crash does, with graphs: each run dies one step later than the one before it."""
+    """As test_store_crash does, with lists: each run dies one step later than the one before it."""
     small_thresholds()
     base = folder / "base"
     run(base, some(90))
@@ -387,9 +479,9 @@ def kill_at_every_step(folder: Path) -> None:
         with Generation.open(out) as generation:
             seen = set(generation.keys(np.arange(generation.rows)))
         assert seen in (set(some(90)), set(after))
-        assert_graphs_answer(out, 0.9)
+        assert_lists_answer(out, 0.9)
         run(out, after)
-        assert_graphs_answer(out, 0.9)
+        assert_lists_answer(out, 0.9)
         db = sqlite3.connect(out / "manifest.sqlite")
         named = {name for (files,) in db.execute("SELECT files FROM generation") for name in json.loads(files)}
         db.close()
@@ -403,11 +495,11 @@ def kill_at_every_step(folder: Path) -> None:
     raise AssertionError("the run never came to its end")
 
 
-def test_killed_at_every_step_graphs_are_in_step(tmp_path: Path) -> None:
+def test_killed_at_every_step_lists_are_in_step(tmp_path: Path) -> None:
     in_fresh_process(kill_at_every_step, tmp_path)
 
 
-@pytest.mark.usefixtures("graphs")
+@pytest.mark.usefixtures("lists")
 def test_a_full_disk_is_told_and_leaves_the_last_generation(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     run(tmp_path, some(60))
 
@@ -418,16 +510,16 @@ def test_a_full_disk_is_told_and_leaves_the_last_generation(tmp_path: Path, monk
         patched.setattr(ann, "commit_file", full)
         with pytest.raises(OSError, match="No space left"):
             run(tmp_path, some(200))
-    assert_graphs_answer(tmp_path)
+    assert_lists_answer(tmp_path)
     assert content(tmp_path)["number"] == 1
     assert list((tmp_path / "ann").glob("*.tmp"))
     with Store.open(tmp_path, SPACE, DIM):
-        assert {path.name for path in (tmp_path / "ann").iterdir()} == {"000001-000001.usearch", "000001-000001.keys"}
+        assert {path.name for path in (tmp_path / "ann").iterdir()} == {"000001.h5", "000001-000001.h5"}
     run(tmp_path, some(200))
-    assert_graphs_answer(tmp_path)
+    assert_lists_answer(tmp_path)
 
 
-def test_graphs_and_engines_live_in_one_process() -> None:
-    code = "import pipeline.store.usearch_lib, onnxruntime; onnxruntime.SessionOptions(); print('both')"
+def test_usearch_and_engines_live_in_one_process() -> None:
+    code = "import pipeline.search.usearch_lib, onnxruntime; onnxruntime.SessionOptions(); print('both')"
     done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True)
     assert done.stdout == "both\n", f"exit code {done.returncode}: {done.stderr}"

@@ -61,7 +61,7 @@ def test_an_index_without_metadata_is_exported_too(tmp_path: Path) -> None:
 
 
 def test_usearch_and_faiss_find_what_the_index_finds(index: Index, tmp_path: Path) -> None:
-    from pipeline.store.usearch_lib import Index as UsearchIndex
+    from pipeline.search.usearch_lib import Index as UsearchIndex
 
     want = index.search(QUERY, 9, where=WHERE)
     assert to_usearch(index, tmp_path / "rows.usearch", WHERE) == want.total

@@ -1,13 +1,13 @@
-"""`python -m pipeline.bench.answers`: what an answer costs, exactly and by graphs, and what graphs cost at night.
+"""`python -m pipeline.bench.answers`: what an answer costs, exactly and by lists, and what lists cost at night.
 
     exact     GB/s of a whole exact top 9, in turns with what this host's memory gives to a plain read of the same bytes
-    graphs    milliseconds and recall@10 (by distance, ties count) against exact search, and time to build
-    add       1 % more rows: seconds for graphs, against building all of them
+    lists     milliseconds and recall@10 (by distance, ties count) against exact search, and time to make them
+    add       1 % more rows: seconds for lists, against making all of them
     first     seconds from a cold process to its first answer
 
 Vectors are made up: clusters of unequal size, 64 directions within each, noise on top; questions come from the same
 mixture and are not in the index. With `--index DIR`, questions of an index that is there, answered from its own vectors
-(texts with `--texts FILE`, one a line). A million rows of d = 512 take 3 GB of disk and half an hour on two cores.
+(texts with `--texts FILE`, one a line). A million rows of d = 512 take 3 GB of disk and some minutes on two cores.
 """
 
 from __future__ import annotations
@@ -112,7 +112,7 @@ def exact(index: Index, queries: Vectors) -> dict[str, Any]:
     }  # fmt: skip
 
 
-def graphs(index: Index, queries: Vectors) -> dict[str, Any]:
+def lists(index: Index, queries: Vectors) -> dict[str, Any]:
     """Latency of an answer as `search` gives it, and what share of the exact answer it has."""
     took_ms, found, exactly = [], [], 0
     for query in queries:
@@ -123,11 +123,11 @@ def graphs(index: Index, queries: Vectors) -> dict[str, Any]:
         worst = index.search(query, RECALL_K, exact=True).scores[-1]
         found.append(np.count_nonzero(answer.scores >= worst) / RECALL_K)
     entry = index.generation.ann or {}
-    told = {name: entry[name] for name in ("expansion", "recall", "ann_ms", "exact_ms") if name in entry}
+    told = {name: entry[name] for name in ("probed", "recall", "ann_ms", "exact_ms") if name in entry}
     return {
         "queries": len(queries), "p50_ms": round(float(np.percentile(took_ms, 50)), 3),
         "p99_ms": round(float(np.percentile(took_ms, 99)), 3), f"recall@{RECALL_K}": round(float(np.mean(found)), 4),
-        "answered_exactly": exactly, "graphs": len(entry.get("graphs", [])), "published": told,
+        "answered_exactly": exactly, "files": len(entry.get("lists", [])), "published": told,
     }  # fmt: skip
 
 
@@ -152,14 +152,14 @@ def measure(folder: Path, rows: int, dim: int) -> Iterator[tuple[str, Any]]:
     yield "first", alone(first_answer, out, queries[0])
     with Index.open(out) as index:
         yield "exact", exact(index, queries)
-        yield "graphs", graphs(index, queries)
+        yield "lists", lists(index, queries)
     added = night(out, dim, rows + rows // 100)
     yield (
         "added",
         {**added, "share_of_build": round(added.get("ann", 0.0) / built["ann"], 4) if "ann" in built else None},
     )
     with Index.open(out) as index:
-        yield "graphs_after", graphs(index, queries)
+        yield "lists_after", lists(index, queries)
 
 
 def measure_index(out: Path, texts: Path | None) -> Iterator[tuple[str, Any]]:
@@ -170,7 +170,7 @@ def measure_index(out: Path, texts: Path | None) -> Iterator[tuple[str, Any]]:
             rows = np.random.default_rng(0).choice(index.generation.rows, min(QUERIES, index.generation.rows), False)
             queries = index.vectors(rows)
         yield "exact", exact(index, queries)
-        yield "graphs", graphs(index, queries)
+        yield "lists", lists(index, queries)
 
 
 def _round(values: list[float]) -> list[float]:

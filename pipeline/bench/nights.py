@@ -125,7 +125,7 @@ def night(out: Path, dim: int, known: int, added: int, renamed: int) -> dict[str
         seconds["listing"] = time.monotonic() - start_s
         done = embed(store, emb_nd)
         seconds["embedding"] = time.monotonic() - start_s - sum(seconds.values())
-        store.publish({}, {}, turn=Turn(lambda: True))  # no graphs: bench.answers tells what they cost
+        store.publish({}, {}, turn=Turn(lambda: True))  # no lists: bench.answers tells what they cost
         seconds["publishing"] = time.monotonic() - start_s - sum(seconds.values())
     return {**done, "gone": gone, "seconds": {name: round(value, 3) for name, value in seconds.items()}}
 

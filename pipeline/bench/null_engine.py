@@ -1,5 +1,5 @@
 """`bench null`: what the pipeline itself costs an image: real files, store and work sharing, but decoder and engine do
-nothing. CPU time of all processes, without imports and graphs (of the engine's few vectors they mean nothing); the cost
+nothing. CPU time of all processes, without imports and lists (of the engine's few vectors they mean nothing); the cost
 of a run over one image is taken off.
 
     python -m pipeline.bench.null_engine --source folder ...     is `pipeline.index` with such a lane

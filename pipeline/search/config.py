@@ -70,7 +70,7 @@ def search_parser() -> argparse.ArgumentParser:
     add("--grid", type=Path, metavar="PNG", help="write a contact sheet of the answers")
     add("--json", action="store_true", help="one JSON object instead of a table")
     add("--model", help="hub id or directory (default: the model the index was made with)")
-    add("--exact", action="store_true", help="look at every vector, also where there are graphs")
+    add("--exact", action="store_true", help="look at every vector, also where there are lists")
     return parser
 
 

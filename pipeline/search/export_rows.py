@@ -71,7 +71,7 @@ def to_parquet(index: Index, path: Path, where: Where = EVERYTHING) -> int:
 
 def to_usearch(index: Index, path: Path, where: Where = EVERYTHING) -> int:
     """Write a USearch index of float16 by inner product, its keys the rows of index.h5. Returns its number of rows."""
-    from pipeline.store.usearch_lib import Index as UsearchIndex
+    from pipeline.search.usearch_lib import Index as UsearchIndex
 
     made = UsearchIndex(ndim=index.generation.dim, metric="ip", dtype="f16")
     for rows in _pieces(index, where, COLUMN_PIECE):

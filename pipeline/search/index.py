@@ -34,22 +34,22 @@ from pipeline.search.query import WORD_FOR_WORD, Query, QueryError, Term, combin
 from pipeline.search.relevance import Background
 from pipeline.search.where import EVERYTHING, Where
 from pipeline.store import Generation, StoreDamaged
-from pipeline.store.graphs import Graphs
+from pipeline.store.lists import Lookup
 from pipeline.store.scan import Query as Vector
 from pipeline.store.scan import Rows, Scan, Scores, check_query
 
 if TYPE_CHECKING:
     from pipeline.search.filters import Filters
 
-DIGEST_CHECK_BYTES = 1 << 30  # a first read of 1 GB takes 0.3 s from the page cache; above, sizes alone are checked
-ANN_K_MAX = 200  # nearest pictures asked for; more cost a graph as much as exact search
+DIGEST_CHECK_BYTES = 1 << 28  # of vectors: their digests take 0.1 s from the page cache; above, sizes alone are checked
+ANN_K_MAX = 200  # nearest pictures asked for; more of them lie in ever more lists
 
 
 class Index:
     """The generation that was shown when it was opened. Safe to share among threads, but for `Found`'s descriptions."""
 
-    def __init__(self, generation: Generation, scan: Scan, graphs: Graphs | None, model: str | None) -> None:
-        self.generation, self._scan, self._graphs, self._model = generation, scan, graphs, model
+    def __init__(self, generation: Generation, scan: Scan, lookup: Lookup | None, model: str | None) -> None:
+        self.generation, self._scan, self._lookup, self._model = generation, scan, lookup, model
         self._engine_lock = threading.Lock()  # an engine has one set of buffers
         entry = generation.ann or {}
         self._ann_pays = entry.get("ann_ms", 0.0) < entry.get("exact_ms", 0.0)  # as measured when it was published
@@ -59,7 +59,7 @@ class Index:
         """What readers see now. Small indexes are checked byte by byte, large ones by the sizes of their files.
 
         `model` is the artifact to ask with (default: the one the index was made with), needed for texts and pictures
-        alone. `exact` leaves the graphs out altogether.
+        alone. `exact` leaves the lists out altogether.
 
         Raises:
             NoIndex, StoreDamaged: with what was expected and what to run. Never zeros in place of vectors.
@@ -69,10 +69,10 @@ class Index:
             generation = open_checked(path)
             scan = Scan(list(generation.blocks()))
             try:
-                graphs = None
+                lookup = None
                 if generation.ann and not exact:
-                    graphs = Graphs.open(path, generation.ann, scan, scan.bytes <= DIGEST_CHECK_BYTES)
-                return cls(generation, scan, graphs, model)
+                    lookup = Lookup.open(path, generation.ann, scan, scan.bytes <= DIGEST_CHECK_BYTES)
+                return cls(generation, scan, lookup, model)
             except (StoreDamaged, FileNotFoundError):
                 generation.close()
                 scan.close()
@@ -86,8 +86,6 @@ class Index:
         self.close()
 
     def close(self) -> None:
-        if self._graphs is not None:
-            self._graphs.close()
         self._scan.close()
         self.generation.close()
 
@@ -125,8 +123,8 @@ class Index:
         `Query`. `where`: which rows may answer; `allowed`: the same as a boolean per row of the index. Filtered rows
         are searched exactly. `threshold`: the lowest cosine. `mmr`: 1 is the plain order, towards 0 answers differ more
         from each other. `group`: near-duplicates come as one answer. With `mmr` or `group` an answer ends with what is
-        made of its best 1,000 rows. `exact`: look at every vector; otherwise graphs are asked where that was faster
-        when the index was published, and what they find is scored exactly.
+        made of its best 1,000 rows. `exact`: look at every vector; otherwise the lists nearest to the query, where
+        that was faster when the index was published; scores are the same.
 
         Raises:
             ValueError: a vector or mask of another shape, k < 1, offset < 0, or mmr outside 0..1.
@@ -250,8 +248,8 @@ class Index:
         self, query_d: Vector, count: int, allowed: npt.NDArray[np.bool_] | None, exact: bool
     ) -> tuple[Rows, Scores, bool]:
         """The best rows, their cosines, and whether every vector was looked at."""
-        if self._graphs is not None and self._ann_pays and allowed is None and not exact and count <= ANN_K_MAX:
-            nearest = self._graphs.nearest(query_d, count)
+        if self._lookup is not None and self._ann_pays and allowed is None and not exact and count <= ANN_K_MAX:
+            nearest = self._lookup.nearest(query_d, count)
             if nearest is not None:
                 return *nearest, False
         return *self._scan.nearest(query_d, count, allowed), True

@@ -56,7 +56,7 @@ class Questions:
             Refusal: 400, what this index cannot answer.
         """
         exact = where != EVERYTHING or mmr is not None
-        spare = without is not None and not exact  # graphs take no mask: they are asked for one more, which is dropped
+        spare = without is not None and not exact  # lists take no mask: they are asked for one more, which is dropped
         others_n = None
         if without is not None and (exact or facets):
             others_n = np.ones(self._generation.rows, np.bool_)

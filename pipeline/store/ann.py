@@ -1,14 +1,16 @@
 """Keeps approximate search in step with the vectors: called by `publish` for every generation.
 
-    small index                   no graphs: exact search is as fast, and always right
-    a few new rows                nothing is built; they are the generation's `tail`, which is searched exactly
-    more                          they are inserted into a copy of the smallest graph, or fill graphs of their own
-    a graph that is mostly dead   is left out, its live rows are inserted anew
-    no time left                  what is not inserted stays in the tail until the next night
+    small index                   no lists: exact search is as fast, and always right
+    a few new rows                nothing is written; they are the generation's `tail`, which is searched exactly
+    more                          they are sorted into the lists of near centroids, in a file of their own, with what is
+                                  in files that are not much larger: so there are few, and a night writes little
+    a file that is mostly dead    is written anew without its dead rows
+    four times as many rows       new centroids, and all lists anew
+    no time left                  what is in no list stays in the tail until the next night
 
-Graphs are immutable files of at most GRAPH_ROWS rows, so a night copies one of them at most, however large the index.
-They live as long as a kept generation names them. Recall against exact search is measured on every publish, for stored
-vectors as queries: the narrowest search that reaches the wanted recall is the one that readers use.
+Files are immutable. They live as long as a kept generation names them. Recall against exact search is measured on every
+publish, for stored vectors as queries: the fewest entries with which a search reaches the wanted recall are what
+readers look at. Centroids are those of k-means by cosine (Lloyd 1982; Dhillon and Modha 2001) over a sample.
 """
 
 from __future__ import annotations
@@ -20,35 +22,33 @@ from collections.abc import Callable, Sequence
 from contextlib import AbstractContextManager, nullcontext
 from dataclasses import asdict, dataclass
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import h5py
 import numpy as np
 import numpy.typing as npt
 
-from pipeline.store.files import DIGEST_BYTES, StoreDamaged, StoreError, commit_file, digest_file, sync, temporary
+from pipeline.store.centroids import LISTS_EACH, train, two_lists
+from pipeline.store.files import DIGEST_BYTES, StoreDamaged, commit_file, digest_file, sync, temporary
 from pipeline.store.generation import Block
-from pipeline.store.graphs import EXPANSIONS, GraphFile, Graphs, OwnFile, content_keys, view_graph
-from pipeline.store.scan import CORES, Rows, Scan
-from pipeline.store.shards import ShardInfo, map_embeddings
-
-if TYPE_CHECKING:
-    from pipeline.store.usearch_lib import Index
+from pipeline.store.hdf5 import new_h5
+from pipeline.store.lists import Codes, Keys, ListFile, Lists, Lookup, OwnFile, content_keys, encode, read_centroids
+from pipeline.store.scan import Rows, Scan, Scores
+from pipeline.store.shards import PIECE_ROWS, ShardInfo, Vectors, map_embeddings
 
 log = logging.getLogger("nightjar")
 
 FOLDER = "ann"
 VECTOR_BYTES_MIN = 64 << 20  # of live vectors. Below, exact search answers in some milliseconds
-TAIL_BYTES_MAX = 4 << 20  # of vectors in no graph: scoring them costs half a millisecond
-GRAPH_ROWS = 400_000  # of one graph: 0.5 GB at d = 512, which is the memory that building takes
-DEAD_SHARE_MAX = 0.25  # of a graph's rows
-ADD_ROWS = 2048  # inserted between two looks at the clock: about a second
-SEED_ROWS = 2048  # of a graph, by one thread: two that meet in a nearly empty graph leave rows no link leads to
-CONNECTIVITY, EXPANSION_ADD = 16, 128
+TAIL_BYTES_MAX = 4 << 20  # of vectors in no list: scoring them costs half a millisecond
+FILE_BYTES = 2 << 30  # of codes in one file of lists: what a night copies at most beside what is new
+OUTGROWN = 4  # times more or fewer rows than the centroids were made for
+LIVE_MIN = 0.75  # of a file's entries
+MERGE_RATIO = 2  # a file joins what is written if it has at most so many times its entries
+ASSIGN_ROWS = 16_384  # between two looks at the clock: about a second at d = 512 and 4,000 lists
 RECALL_K, RECALL_MIN, QUERIES = 10, 0.985, 48  # half a percent above what is promised, for 48 queries are a sample
+PROBED, PROBED_STEP = 1024, 1.5  # entries the narrowest search that is tried looks at, and how the next ones widen
 LINE_EVERY_S = 10.0
-
-Keys = npt.NDArray[np.uint64]
 
 
 def _never() -> bool:
@@ -61,10 +61,35 @@ def _no_clock(_: str) -> AbstractContextManager[None]:
 
 @dataclass(frozen=True)
 class Turn:
-    """What a run says about the building of graphs: when to leave off, and whose clock it counts on."""
+    """What a run says about the making of lists: when to leave off, and whose clock it counts on."""
 
     out_of_time: Callable[[], bool] = _never
     phase: Callable[[str], AbstractContextManager[None]] = _no_clock
+
+
+@dataclass(frozen=True)
+class Centroids:
+    file: OwnFile
+    rows: int  # of the index they were made for
+    vectors_ld: Vectors
+
+
+@dataclass(frozen=True, eq=False)
+class Written:
+    """A file of lists, and where in it are the entries of what this generation has and no file before it."""
+
+    file: ListFile
+    lists: Lists
+    live: Rows
+
+
+@dataclass(frozen=True)
+class Source:
+    """Entries that go into a new file."""
+
+    keys: Keys
+    list_of: npt.NDArray[np.int64]
+    codes: Callable[[Rows], tuple[Codes, Scores]]  # of these positions
 
 
 def update(
@@ -75,11 +100,11 @@ def update(
     last: dict[str, Any] | None,
     turn: Turn,
 ) -> dict[str, Any] | None:
-    """Graphs for generation `number`, whose index.h5 lies in `draft`; what generation.json remembers of them.
+    """Lists for generation `number`, whose index.h5 lies in `draft`; what generation.json remembers of them.
 
     `files` are its data files with their stretches of live rows, in their order, and then index.h5 with the repeated
     vectors. `last` is what the last generation of this model remembered.
-    None: the index is too small, or there was no time for the first graph. New files lie under final names and are
+    None: the index is too small, or there was no time for the first lists. New files lie under final names and are
     garbage until a generation names them.
     """
     blocks: list[Block] = []
@@ -93,46 +118,34 @@ def update(
     scan = Scan(blocks)
     try:
         with turn.phase("ann"):
-            return _update(out, draft, number, scan, _usable(out, last), turn)
+            return _update(out, draft, number, scan, last, turn)
     finally:
         scan.close()
 
 
 def names_of(entry: dict[str, Any] | None) -> list[str]:
     """The files of an entry that lie outside the generation's folder."""
-    graphs = [GraphFile.from_json(file) for file in entry["graphs"]] if entry else []
-    return [own.name for file in graphs for own in (file.graph, file.keys)]
+    if entry is None:
+        return []
+    # The USearch graphs of earlier versions are not asked any more, and go with their generation.
+    old = [own["name"] for file in entry.get("graphs", []) for own in (file["graph"], file["keys"])]
+    own = [entry["centroids"]["name"]] if "centroids" in entry else []
+    return [*old, *own, *(content["file"]["name"] for content in entry.get("lists", []))]
 
 
 def last_entry(home: Path) -> dict[str, Any] | None:
-    """Of the generation in this folder; None where it has no graphs, or cannot be read: then they are built anew."""
+    """Of the generation in this folder; None where it has no lists, or cannot be read: then they are made anew."""
     try:
         content: dict[str, Any] = json.loads((home / "generation.json").read_text(encoding="utf-8"))
     except (OSError, ValueError):
         return None
     entry: dict[str, Any] | None = content.get("ann")
-    return entry
-
-
-def _usable(out: Path, last: dict[str, Any] | None) -> list[tuple[GraphFile, Keys]]:
-    """Graphs of the last generation whose files are there, with their keys. One that is not is built anew."""
-    found = []
-    for file in map(GraphFile.from_json, last["graphs"] if last else []):
-        try:
-            file.graph.check(out / file.graph.name, digest=False)
-            file.keys.check(out / file.keys.name, digest=True)
-        except StoreDamaged as error:
-            log.warning("a graph is built anew: %s", error)
-            continue
-        found.append((file, np.fromfile(out / file.keys.name, "<u8")))
-    return found
+    return entry if entry and "lists" in entry else None
 
 
 def _update(
-    out: Path, draft: Path, number: int, scan: Scan, known: list[tuple[GraphFile, Keys]], turn: Turn
+    out: Path, draft: Path, number: int, scan: Scan, last: dict[str, Any] | None, turn: Turn
 ) -> dict[str, Any] | None:
-    from pipeline.store.usearch_lib import version
-
     with h5py.File(draft / "index.h5", "r", locking=False) as file:
         keys_n = content_keys(file["content_hash"][:].reshape(-1, DIGEST_BYTES))
     order = np.argsort(keys_n, kind="stable")  # equal keys stay in the order of their rows
@@ -140,20 +153,17 @@ def _update(
     keys, first_of = np.unique(map_2n[0], return_index=True)
     row_of = order[first_of]  # the first row of a content lies in a data file, its repetitions in index.h5
     covered = np.zeros(len(keys), np.bool_)
-    files: list[tuple[GraphFile, Keys]] = []
-    for file_, own in known:
-        live = _mark(covered.copy(), keys, own)
-        if np.count_nonzero(live & ~covered) < (1 - DEAD_SHARE_MAX) * file_.rows:
-            log.info("ann: %s is %s rows, too few of them live: they are inserted anew", file_.graph.name, file_.rows)
-            continue
-        covered |= live
-        files.append((file_, own))
-    todo = np.flatnonzero(~covered)
-    if len(todo) * scan.dim * 2 > TAIL_BYTES_MAX:
-        todo = todo[np.argsort(row_of[todo])]  # in the order of the data files, so that what is left is one stretch
-        files = _build(out, number, scan, files, keys, row_of, todo, turn)
-        for _, own in files:
-            _mark(covered, keys, own)
+    rng = np.random.default_rng(number)
+    centroids, files = _usable(out, last, keys, covered)
+    if centroids is None or not centroids.rows / OUTGROWN <= len(keys) <= centroids.rows * OUTGROWN:
+        if turn.out_of_time():
+            centroids = centroids if files else None
+        else:
+            centroids, files = _train(out, number, scan, row_of, rng), []
+            covered[:] = False
+    if centroids is None:
+        return None
+    files = _sort_in(out, number, scan, centroids, files, keys, row_of, covered, turn)
     if not files:
         return None
     tail = np.sort(map_2n[1][~np.repeat(covered, np.diff(first_of, append=len(order)))].astype(np.int64))
@@ -163,34 +173,57 @@ def _update(
         np.lib.format.write_array_header_1_0(stream, np.lib.format.header_data_from_array_1_0(map_2n))
         stream.write(map_2n.data)
     sync(path)
-    views = [view_graph(out / file_.graph.name) for file_, _ in files]
-    graphs = Graphs(views, map_2n, tail, scan, EXPANSIONS[0])
-    try:
-        measured = _measure(graphs, scan, row_of, np.random.default_rng(number))
-    finally:
-        graphs.close()
+    lookup = Lookup(centroids.vectors_ld, [file.lists for file in files], map_2n, tail, scan, PROBED)
+    measured = _measure(lookup, scan, row_of, rng)
     log.info(
-        "ann: %s rows in %d graphs, %s beside them; recall@%d %.3f, %.1f ms, exact %.1f ms",
-        f"{int(covered.sum()):,}", len(files), f"{len(tail):,}", RECALL_K, measured["recall"], measured["ann_ms"],
-        measured["exact_ms"],
+        "ann: %s rows in %d files of %s lists, %s beside them; recall@%d %.3f with %s entries looked at, %.1f ms, "
+        "exact %.1f ms", f"{int(covered.sum()):,}", len(files), f"{len(centroids.vectors_ld):,}", f"{len(tail):,}",
+        RECALL_K, measured["recall"], f"{measured['probed']:,}", measured["ann_ms"], measured["exact_ms"],
     )  # fmt: skip
-    if measured["recall"] < RECALL_MIN:
-        log.warning("ann: recall@%d is %.3f at the widest search", RECALL_K, measured["recall"])
     own_map = OwnFile(f"generations/{number}/{path.name}", path.stat().st_size, digest_file(path))
     return {
-        "graphs": [asdict(file_) for file_, _ in files],
+        "centroids": asdict(centroids.file),
+        "centroids_rows": centroids.rows,
+        "lists": [asdict(file.file) for file in files],
         "map": asdict(own_map),
         "tail": _runs(tail),
         **measured,
-        "usearch": version,
     }
 
 
-def _mark(covered: npt.NDArray[np.bool_], keys: Keys, own: Keys) -> npt.NDArray[np.bool_]:
-    """Sets `covered` where the ascending `keys` are among the ascending `own`."""
-    at = np.minimum(np.searchsorted(own, keys), max(len(own) - 1, 0))
-    covered |= own[at] == keys if len(own) else False
-    return covered
+def _usable(
+    out: Path, last: dict[str, Any] | None, keys: Keys, covered: npt.NDArray[np.bool_]
+) -> tuple[Centroids | None, list[Written]]:
+    """What the last generation has and is there; `covered` says which of the ascending `keys` it holds. A file that is
+    not is made anew."""
+    if last is None:
+        return None, []
+    files: list[Written] = []
+    try:
+        own = OwnFile(**last["centroids"])
+        own.check(out / own.name, digest=True)
+        centroids = Centroids(own, last["centroids_rows"], read_centroids(out / own.name))
+    except StoreDamaged as error:
+        log.warning("all lists are made anew: %s", error)
+        return None, []
+    for file in map(ListFile.from_json, last["lists"]):
+        try:
+            file.file.check(out / file.file.name, digest=False)
+            lists = Lists.open(out / file.file.name)
+        except StoreDamaged as error:
+            log.warning("a file of lists is made anew: %s", error)
+            continue
+        if len(live := _cover(covered, keys, lists.keys)):
+            files.append(Written(file, lists, live))
+    return centroids, files
+
+
+def _cover(covered: npt.NDArray[np.bool_], keys: Keys, held: Keys) -> Rows:
+    """Positions in `held` of what is among the ascending `keys` and was not covered; now it is."""
+    at = np.minimum(np.searchsorted(keys, held), len(keys) - 1)
+    live = np.flatnonzero((keys[at] == held) & ~covered[at])
+    covered[at[live]] = True
+    return live
 
 
 def _runs(rows: Rows) -> list[list[int]]:
@@ -202,56 +235,113 @@ def _runs(rows: Rows) -> list[list[int]]:
     return [[int(rows[start]), int(count)] for start, count in zip(starts, counts, strict=True)]
 
 
-def _build(
-    out: Path, number: int, scan: Scan, files: list[tuple[GraphFile, Keys]], keys: Keys, row_of: Rows, todo: Rows,
-    turn: Turn,
-) -> list[tuple[GraphFile, Keys]]:  # fmt: skip
-    """The graphs after everything of `todo` that time allows is inserted; `keys[todo]` are in none of `files`."""
-    from pipeline.store.usearch_lib import Index
+def _train(out: Path, number: int, scan: Scan, row_of: Rows, rng: np.random.Generator) -> Centroids:
+    start_s = time.monotonic()
+    vectors_ld = train(scan, row_of, rng)
+    path = out / FOLDER / f"{number:06d}.h5"
+    path.parent.mkdir(exist_ok=True)
+    with new_h5(temporary(path)) as (file, check):
+        file.create_dataset("centroids", data=vectors_ld)
+        check()
+    log.info("ann: %s centroids in %.0f s", f"{len(vectors_ld):,}", time.monotonic() - start_s)
+    return Centroids(_commit(path), len(row_of), vectors_ld)
 
-    start_s = last_line_s = time.monotonic()
-    total, done, made = len(todo), 0, 0
-    while len(todo) and not turn.out_of_time():
+
+def _sort_in(
+    out: Path, number: int, scan: Scan, centroids: Centroids, files: list[Written], keys: Keys, row_of: Rows,
+    covered: npt.NDArray[np.bool_], turn: Turn,
+) -> list[Written]:  # fmt: skip
+    """The files of lists after everything that time allows is in one; `covered` follows."""
+    todo, vectors_ld = np.flatnonzero(~covered), centroids.vectors_ld
+    few = 2 * scan.dim * len(todo) <= TAIL_BYTES_MAX
+    most = FILE_BYTES // scan.dim
+    joined, kept = _joined(files, 0 if few else LISTS_EACH * len(todo), most)
+    if (few and not joined) or turn.out_of_time():
+        return files
+    todo = todo[np.argsort(row_of[todo])]  # in the order of the data files, so that what is left is one stretch
+    total, made, start_s = len(todo), 0, time.monotonic()
+    last_line_s = start_s
+    while joined or len(todo):
         made += 1
-        path = out / FOLDER / f"{number:06d}-{made:06d}.usearch"
-        grown = min(files, key=lambda known: known[0].rows, default=None)
-        graph = Index(
-            ndim=scan.dim, metric="ip", dtype="f16", connectivity=CONNECTIVITY, expansion_add=EXPANSION_ADD,
-            enable_key_lookups=False,
-        )  # fmt: skip
-        own = np.empty(0, np.uint64)
-        if grown is not None and grown[0].rows + len(todo) <= GRAPH_ROWS:
-            graph.load(out / grown[0].graph.name)
-            own = grown[1]
-            files = [known for known in files if known is not grown]
-        room, rows = GRAPH_ROWS - len(own), 0
+        room = (most - sum(len(file.live) for file in joined)) // LISTS_EACH
+        list_of: list[npt.NDArray[np.int64]] = []
+        rows = 0
         while rows < min(room, len(todo)) and not (rows and turn.out_of_time()):
-            part = todo[rows : min(rows + ADD_ROWS, room)]
-            graph.add(keys[part], scan.gather(row_of[part]), threads=CORES if len(own) + rows >= SEED_ROWS else 1)
+            part = todo[rows : min(rows + ASSIGN_ROWS, room)]
+            list_of.append(two_lists(scan.gather(row_of[part]), vectors_ld))
             rows += len(part)
             if time.monotonic() - last_line_s > LINE_EVERY_S:
                 last_line_s = time.monotonic()
-                took_s = last_line_s - start_s
-                log.info("ann: %s of %s rows inserted in %.0f s", f"{done + rows:,}", f"{total:,}", took_s)
-        own = np.sort(np.concatenate([own, keys[todo[:rows]]]))
-        files = [*files, (_save(out, path, graph, own), own)]
-        todo, done = todo[rows:], done + rows
+                done = total - len(todo) + rows
+                log.info("ann: %s of %s rows sorted in %.0f s", f"{done:,}", f"{total:,}", last_line_s - start_s)
+        new, path = todo[:rows], out / FOLDER / f"{number:06d}-{made:06d}.h5"
+        sources = [_again(file) for file in joined]
+        if rows:
+            sources.append(_new(scan, keys[new], row_of[new], np.concatenate(list_of), vectors_ld))
+        kept.append(_write(out, path, scan.dim, len(vectors_ld), sources))
+        covered[new] = True
+        todo, joined = todo[rows:], []
+        if turn.out_of_time():
+            break
     if len(todo):
         log.info("ann: no time is left; %s rows are searched exactly until the next run", f"{len(todo):,}")
-    return files
+    return kept
 
 
-def _save(out: Path, path: Path, graph: Index, own: Keys) -> GraphFile:
-    (out / FOLDER).mkdir(exist_ok=True)
-    keys = path.with_suffix(".keys")
-    try:
-        graph.save(temporary(path))
-    except RuntimeError as error:  # what USearch makes of a full disk
-        raise StoreError(f"{temporary(path)} cannot be written: {error}. Make room, and run the same command") from None
-    if (size := temporary(path).stat().st_size) != graph.serialized_length:
-        raise StoreError(f"{temporary(path)} has {size} bytes of {graph.serialized_length}. Make room, and run again")
-    temporary(keys).write_bytes(own.astype("<u8").data)
-    return GraphFile(len(own), _commit(path), _commit(keys))
+def _joined(files: Sequence[Written], new: int, most: int) -> tuple[list[Written], list[Written]]:
+    """Files that are written anew together with `new` entries, and those that stay. An entry is copied log n times
+    before its file has as many as it may have (the merges of a log-structured store, O'Neil et al. 1996)."""
+    joined: list[Written] = []
+    entries = 0
+    dead = [file for file in files if len(file.live) < LIVE_MIN * file.file.entries]
+    near = [file for file in files if file not in dead] if new else []
+    for file in [*dead, *sorted(near, key=lambda file: len(file.live))]:
+        fits = entries + len(file.live) <= most - min(new, most)
+        if fits and (file in dead or len(file.live) <= MERGE_RATIO * (entries + new)):
+            joined.append(file)
+            entries += len(file.live)
+    return joined, [file for file in files if file not in joined]
+
+
+def _again(file: Written) -> Source:
+    """What lives of a file, in its order."""
+    lists, live = file.lists, file.live
+    return Source(lists.keys[live], lists.list_of[live], lambda at: (lists.codes_nd[live[at]], lists.scales[live[at]]))
+
+
+def _new(scan: Scan, keys: Keys, row_of: Rows, list_of: npt.NDArray[np.int64], centroids_ld: Vectors) -> Source:
+    """Rows that are in no file yet; `list_of` (n, lists of each)."""
+    each = list_of.shape[1]
+
+    def codes(at: Rows) -> tuple[Codes, Scores]:
+        centroids_nd = centroids_ld[list_of.ravel()[at]].astype(np.float32)
+        return encode(scan.gather(row_of[at // each]).astype(np.float32) - centroids_nd)
+
+    return Source(np.repeat(keys, each), list_of.ravel(), codes)
+
+
+def _write(out: Path, path: Path, dim: int, lists: int, sources: Sequence[Source]) -> Written:
+    """One file of all sources, list after list; codes pass through memory some megabytes at a time."""
+    list_of = np.concatenate([source.list_of for source in sources])
+    order = np.argsort(list_of, kind="stable")
+    sizes = [len(source.keys) for source in sources]
+    source_of = np.repeat(np.arange(len(sources)), sizes)[order]
+    at_of = np.concatenate([np.arange(size) for size in sizes])[order]
+    with new_h5(temporary(path)) as (file, check):
+        file.create_dataset("starts", data=np.cumsum([0, *np.bincount(list_of, minlength=lists)]), dtype="<i8")
+        file.create_dataset("keys", data=np.concatenate([source.keys for source in sources])[order], dtype="<u8")
+        all_codes = file.create_dataset("codes", (len(order), dim), "i1")
+        all_scales = file.create_dataset("scales", (len(order),), "<f4")
+        for first in range(0, len(order), PIECE_ROWS):
+            part = slice(first, min(first + PIECE_ROWS, len(order)))
+            codes_nd, scales = np.empty((part.stop - first, dim), np.int8), np.empty(part.stop - first, np.float32)
+            for number, source in enumerate(sources):
+                mine = np.flatnonzero(source_of[part] == number)
+                codes_nd[mine], scales[mine] = source.codes(at_of[part][mine])
+            all_codes[part], all_scales[part] = codes_nd, scales
+            check()
+    own = ListFile(len(order), _commit(path))
+    return Written(own, Lists.open(out / own.file.name), np.arange(len(order)))
 
 
 def _commit(path: Path) -> OwnFile:
@@ -261,7 +351,7 @@ def _commit(path: Path) -> OwnFile:
     return own
 
 
-def _measure(graphs: Graphs, scan: Scan, row_of: Rows, rng: np.random.Generator) -> dict[str, Any]:
+def _measure(lookup: Lookup, scan: Scan, row_of: Rows, rng: np.random.Generator) -> dict[str, Any]:
     """The narrowest search that finds enough of the k best by distance, and what it takes; ties count as found."""
     sample = np.sort(rng.choice(row_of, min(QUERIES, len(row_of)), replace=False))
     queries = scan.gather(sample)
@@ -271,22 +361,23 @@ def _measure(graphs: Graphs, scan: Scan, row_of: Rows, rng: np.random.Generator)
         start_s = time.perf_counter()
         scan.nearest(query, RECALL_K)
         exact_ms.append(1000 * (time.perf_counter() - start_s))
-    recall, ann_ms = 0.0, [0.0]
-    for expansion in EXPANSIONS:
-        graphs.expansion = expansion
+    recall, ann_ms, probed = 0.0, [0.0], float(PROBED)
+    while recall < RECALL_MIN:
+        lookup.probed = int(probed)
         found: list[float] = []
         ann_ms = []
         for query, worst in zip(queries, wanted, strict=True):
             start_s = time.perf_counter()
-            answer = graphs.nearest(query, RECALL_K + 1)
+            answer = lookup.nearest(query, RECALL_K + 1)
             ann_ms.append(1000 * (time.perf_counter() - start_s))
             scores = scan.nearest(query, RECALL_K + 1)[1] if answer is None else answer[1]
             found.append(min(int(np.count_nonzero(scores >= worst)) - 1, RECALL_K) / RECALL_K)
         recall = float(np.mean(found))
-        if recall >= RECALL_MIN:
+        if probed >= lookup.entries:
             break
+        probed *= PROBED_STEP
     return {
-        "expansion": graphs.expansion,
+        "probed": lookup.probed,
         "recall": round(recall, 4),
         "recall_k": RECALL_K,
         "queries": len(queries),

@@ -38,7 +38,7 @@ What: TypeAlias = Literal[
     "duplicate id",
     "norm",
     "generation",  # generation.json against the manifest
-    "ann out of step",  # graphs against the generation that names them
+    "ann out of step",  # lists against the generation that names them
     "index out of step",  # rows of index.h5 against the manifest and the data files
     "wrong link",
     "vector",  # not what its picture gives when it is embedded again
@@ -71,7 +71,7 @@ class Broken:
     rows: set[tuple[int, int]] = field(default_factory=set)  # shard and row of a vector
     contents: set[tuple[bytes, int]] = field(default_factory=set)  # content hash and space of a vector
     generations: set[int] = field(default_factory=set)
-    graphs: set[str] = field(default_factory=set)  # files of approximate search
+    lists: set[str] = field(default_factory=set)  # files of approximate search
     republish: bool = False  # the manifest is right and what readers see is not
 
 

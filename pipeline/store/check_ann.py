@@ -1,8 +1,8 @@
-"""Graphs against the generation that names them: every byte, every key, every row.
+"""Lists against the generation that names them: every byte, every key, every row.
 
 The files of all kept generations are looked at by size and digest. For the one that readers see it is also compared
-what they say: a graph holds the keys that lie beside it, keys of the generation lead to the rows that have them, and
-every live row is in a graph or in the tail.
+what they say: keys of the generation lead to the rows that have them, a content is in two lists of a file, its codes
+are those of its vector, and every live row is in a list or in the tail.
 """
 
 from __future__ import annotations
@@ -12,50 +12,56 @@ from typing import Any
 
 import h5py
 import numpy as np
+import numpy.typing as npt
 
+from pipeline.store.centroids import LISTS_EACH
 from pipeline.store.check import Health, What, few
 from pipeline.store.files import DIGEST_BYTES, StoreDamaged
-from pipeline.store.graphs import GraphFile, OwnFile, content_keys, view_graph
+from pipeline.store.generation import Generation
+from pipeline.store.lists import Keys, ListFile, Lists, OwnFile, content_keys, encode, read_centroids
+from pipeline.store.scan import Scan
+from pipeline.store.shards import PIECE_ROWS
 
 WHAT: What = "ann out of step"
 
 
-def check_graphs(out: Path, number: int, content: dict[str, Any], shown: bool, remedy: str, health: Health) -> None:
-    """What is wrong goes to `health`; broken graphs are named, so that a repair builds them anew."""
+def check_lists(out: Path, number: int, content: dict[str, Any], shown: bool, remedy: str, health: Health) -> None:
+    """What is wrong goes to `health`; broken files are named, so that a repair makes them anew."""
     entry = content.get("ann")
-    if entry is None:
+    if entry is None or "lists" not in entry:
         return
     try:
-        files = [GraphFile.from_json(file) for file in entry["graphs"]]
-        own = OwnFile(**entry["map"])
-        whole = [_sound(out, number, one, remedy, health) for file in files for one in (file.graph, file.keys)]
+        files = [ListFile.from_json(file).file for file in entry["lists"]]
+        centroids, own = OwnFile(**entry["centroids"]), OwnFile(**entry["map"])
+        whole = [_sound(out, number, one, remedy, health) for one in (centroids, *files)]
         if _sound(out, number, own, remedy, health) and all(whole) and shown:
-            _compare(out, number, content, files, own, remedy, health)
+            _compare(out, number, content, centroids, files, own, remedy, health)
     except (KeyError, TypeError, ValueError, OSError, StoreDamaged) as error:
-        _wrong(number, f"generations/{number}", "readable graphs", f"{type(error).__name__}: {error}", remedy, health)
+        _wrong(number, f"generations/{number}", "readable lists", f"{type(error).__name__}: {error}", remedy, health)
 
 
 def _sound(out: Path, number: int, own: OwnFile, remedy: str, health: Health) -> bool:
     """Is the file what was written? One that several generations name is told once, and counts for each."""
     path = out / own.name
-    if own.name not in health.broken.graphs:
+    if own.name not in health.broken.lists:
         health.files += 1
         health.bytes += own.bytes
         try:
             own.check(path, digest=True)
             return True
         except StoreDamaged as error:
-            health.broken.graphs.add(own.name)
+            health.broken.lists.add(own.name)
             health.add(WHAT, own.name, error.expected, error.found, remedy)
     health.broken.generations.add(number)
     return False
 
 
 def _compare(
-    out: Path, number: int, content: dict[str, Any], files: list[GraphFile], own: OwnFile, remedy: str, health: Health
-) -> None:
-    with h5py.File(out / content["index"]["name"], "r", locking=False) as file:
-        keys_n = content_keys(file["content_hash"][:].reshape(-1, DIGEST_BYTES))
+    out: Path, number: int, content: dict[str, Any], centroids: OwnFile, files: list[OwnFile], own: OwnFile,
+    remedy: str, health: Health,
+) -> None:  # fmt: skip
+    with h5py.File(out / content["index"]["name"], "r", locking=False) as table:
+        keys_n = content_keys(table["content_hash"][:].reshape(-1, DIGEST_BYTES))
     order = np.argsort(keys_n, kind="stable")
     map_2n = np.load(out / own.name, mmap_mode="r")
     wanted = np.stack([keys_n[order], order.astype(np.uint64)])
@@ -67,18 +73,49 @@ def _compare(
     covered = np.zeros(len(keys_n), np.bool_)
     for first, count in content["ann"]["tail"]:
         covered[first : first + count] = True
-    for graph in files:
-        listed = np.fromfile(out / graph.keys.name, "<u8")
-        held = np.sort(np.asarray(view_graph(out / graph.graph.name, keys=True).keys))
-        if not np.array_equal(listed, held):
-            health.broken.graphs.add(graph.graph.name)
-            words = f"{len(np.setxor1d(listed, held)):,} are in one of them alone"
-            _wrong(number, graph.graph.name, f"the {len(listed):,} keys of {graph.keys.name}", words, remedy, health)
-        covered |= np.isin(keys_n, listed)
+    all_lists = {file.name: Lists.open(out / file.name) for file in files}
+    centroids_ld = read_centroids(out / centroids.name)
+    for name, lists in list(all_lists.items()):
+        covered |= np.isin(keys_n, lists.keys)
+        held, times = np.unique(lists.keys, return_counts=True)
+        if len(odd := np.flatnonzero(times != min(LISTS_EACH, len(centroids_ld)))):
+            health.broken.lists.add(name)
+            found = few(len(odd), [f"key {held[at]:016x}" for at in odd[:3].tolist()])
+            _wrong(number, name, f"each content in {LISTS_EACH} lists", found, remedy, health)
+        if len(lists.starts) != len(centroids_ld) + 1:
+            health.broken.lists.add(name)
+            found = f"{len(lists.starts) - 1:,}"
+            _wrong(number, name, f"the {len(centroids_ld):,} lists of {centroids.name}", found, remedy, health)
+            del all_lists[name]
+    if not (health.broken.shards or health.broken.rows):  # else it is not known which of the two is wrong
+        _compare_vectors(out, number, centroids_ld.astype(np.float32), all_lists, wanted, remedy, health)
     if len(lost := np.flatnonzero(~covered)):
         found = few(len(lost), [f"row {row}" for row in lost[:3].tolist()])
         where = f"generations/{number}/generation.json"
-        _wrong(number, where, "every live row in a graph or in the tail", found, remedy, health)
+        _wrong(number, where, "every live row in a list or in the tail", found, remedy, health)
+
+
+def _compare_vectors(
+    out: Path, number: int, centroids_ld: npt.NDArray[np.float32], all_lists: dict[str, Lists], map_2n: Keys,
+    remedy: str, health: Health,
+) -> None:  # fmt: skip
+    """What a list says of a vector is what the vector in the index gives."""
+    with Generation.at(out, number) as generation:
+        scan = Scan(list(generation.blocks()))
+        for name, lists in all_lists.items():
+            wrong, list_of = 0, lists.list_of
+            for first in range(0, len(lists.keys), PIECE_ROWS):
+                part = slice(first, first + PIECE_ROWS)
+                at = np.minimum(np.searchsorted(map_2n[0], lists.keys[part]), map_2n.shape[1] - 1)
+                live = map_2n[0][at] == lists.keys[part]
+                wide_nd = scan.gather(map_2n[1][at[live]].astype(np.int64)).astype(np.float32)
+                codes_nd, scales = encode(wide_nd - centroids_ld[list_of[part][live]])
+                differ = (lists.codes_nd[part][live] != codes_nd).any(axis=1) | (lists.scales[part][live] != scales)
+                wrong += int(np.count_nonzero(differ))
+            if wrong:
+                health.broken.lists.add(name)
+                _wrong(number, name, "the codes of the index's vectors", f"{wrong:,} others", remedy, health)
+        scan.close()
 
 
 def _wrong(number: int, where: str, expected: str, found: str, remedy: str, health: Health) -> None:

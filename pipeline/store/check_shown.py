@@ -19,7 +19,7 @@ import numpy.typing as npt
 
 from pipeline.store.ann import names_of
 from pipeline.store.check import Contents, Health, Prints, among, few, look_at, prints, read_shards
-from pipeline.store.check_ann import check_graphs
+from pipeline.store.check_ann import check_lists
 from pipeline.store.files import GENERATION_SCHEMA, digest_file
 from pipeline.store.manifest import LIVE, read_state
 from pipeline.store.publish import pinned
@@ -69,7 +69,7 @@ def check_generations(out: Path, db: sqlite3.Connection, contents: Contents, hea
         if content is None:
             continue
         _check_files(out, entry, content, infos, bad, remedy, health)
-        check_graphs(out, entry.number, content, is_shown, remedy, health)
+        check_lists(out, entry.number, content, is_shown, remedy, health)
         if not is_shown:
             continue
         try:

@@ -19,7 +19,7 @@ from pipeline.store.publish import shown_generation, sweep, switch
 def drop_broken(out: Path, db: sqlite3.Connection, broken: Broken) -> list[tuple[str, str, str, str]]:
     """Forget it, durably, and put the links right. Returns the sources that have pictures to embed again: kind, root,
     options in JSON, and the name of the space they are indexed in."""
-    for name in broken.graphs:  # first, so that no later publish takes it for sound; readers have it mapped
+    for name in broken.lists:  # first, so that no later publish takes it for sound; readers have it mapped
         if name.startswith(f"{FOLDER}/"):
             (out / name).unlink(missing_ok=True)
     with transaction(db):

@@ -74,7 +74,9 @@ class Generation:
         self.rows: int = content["rows"]
         self.spec: dict[str, Any] = content["spec"]
         self.extra: dict[str, Any] = content["extra"]
-        self.ann: dict[str, Any] | None = content.get("ann")  # of `graphs`; None: exact search alone
+        entry = content.get("ann")
+        # Of `lists`; None: exact search alone, for small indexes and for those of versions before lists.
+        self.ann: dict[str, Any] | None = entry if entry and "lists" in entry else None
         self.sources = {entry.pop("id"): Scope(**entry) for entry in content["sources"]}
         own = ShardInfo(**content["index"])
         check_file(index / own.name, own, check == "digest")

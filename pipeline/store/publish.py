@@ -1,7 +1,7 @@
 """Publishing: everything a reader needs becomes visible at once, by one rename of the link `current`.
 
     generations/<n>/generation.json    data files with offsets, rows, digests, stretches of live rows; the spec
-    generations/<n>/ann.npy            which rows the keys of the graphs have; see `graphs`
+    generations/<n>/ann.npy            which rows the keys of the lists have; see `lists`
     generations/<n>/index.h5           for any h5py user, one row per live key, ordered by data file and row:
         /embeddings                    (rows, d) float16, virtual, NaN where a data file is missing
         /key /id /content_hash /mark   /key is relative to the root of its source
@@ -160,7 +160,7 @@ def write_generation(
     tail: dict[str, Any],
     turn: ann.Turn,
 ) -> list[str]:
-    """Write the folder under a temporary name, make it durable, name it. Returns the data files and graphs it needs."""
+    """Write the folder under a temporary name, make it durable, name it. Returns the data files and lists it needs."""
     home = folder(out, head["number"])
     draft = temporary(home)
     for left_over in (draft, home):  # of a run that was killed before the manifest named it
@@ -178,7 +178,7 @@ def write_generation(
     last = db.execute(
         "SELECT max(number) FROM generation WHERE space = (SELECT id FROM space WHERE name = ?)", (head["space"],)
     ).fetchone()[0]
-    graphs = ann.update(
+    lists = ann.update(
         out,
         draft,
         head["number"],
@@ -197,7 +197,7 @@ def write_generation(
         "index": asdict(own),
         "table": whole_table or {"number": head["number"], "rows": rows, "bytes": own.bytes},
         "files": [{**asdict(file.info), "runs": file.runs().tolist()} for file in files],
-        "ann": graphs,
+        "ann": lists,
         **tail,
     }
     write_text(draft / "generation.json", json.dumps(content, indent=1))
@@ -205,7 +205,7 @@ def write_generation(
     sync(draft)
     draft.rename(home)
     sync(home.parent)
-    return [*(file.info.name for file in files), *ann.names_of(graphs)]
+    return [*(file.info.name for file in files), *ann.names_of(lists)]
 
 
 def switch(db: sqlite3.Connection, out: Path, number: int) -> None:
@@ -274,7 +274,7 @@ def sweep(db: sqlite3.Connection, out: Path) -> list[str]:
     garbage: list[Path] = []
     named = named_files(db)
     for kind in FILE_FOLDERS:
-        for path in (out / kind).glob("*"):  # an index of an earlier version has no folder of graphs
+        for path in (out / kind).glob("*"):  # an index of an earlier version has no folder of lists
             if OUR_DATA.fullmatch(path.name) and f"{kind}/{path.name}" not in named:
                 garbage.append(path)
                 path.unlink()

@@ -83,16 +83,17 @@ class Scan:
     def kth_scores(self, queries_qd: Query, k: int) -> Scores:
         """(q,) the k-th best score over all live rows of each query; -inf where there are fewer rows."""
         packed = numkong.dots_pack(np.ascontiguousarray(queries_qd), dtype="f16")
-        best: list[Scores] = [np.full(k, -np.inf, np.float32) for _ in queries_qd]
-        for number, piece in self._pieces():
-            part = self.blocks[number].emb_nd[piece]
-            scores = np.asarray(numkong.dots_packed(part, packed))
-            scores[self._dead_in(number, piece)] = -np.inf
-            for query, kept in enumerate(best):
-                column = scores[:, query]
-                better = np.concatenate([kept, column[column > kept[0]]])
-                best[query] = np.sort(np.partition(better, len(better) - k)[len(better) - k :])
-        return np.array([kept[0] for kept in best], np.float32)
+
+        def best(piece: tuple[int, slice]) -> Scores:
+            number, part = piece
+            scores = np.asarray(numkong.dots_packed(self.blocks[number].emb_nd[part], packed))
+            scores[self._dead_in(number, part)] = -np.inf
+            return _highest(scores.T, k)
+
+        fill = np.full((len(queries_qd), k), -np.inf, np.float32)
+        found = np.concatenate([fill, *self._pool.map(best, self._pieces())], axis=1)
+        kth: Scores = _highest(found, k).min(axis=1)
+        return kth
 
     def gather(self, rows: Rows) -> npt.NDArray[np.float16]:
         """(len(rows), d) copies of the vectors of these rows of index.h5."""
@@ -143,6 +144,13 @@ class Scan:
         run = np.searchsorted(block.runs[:, 0], positions, "right") - 1
         rows: Rows = block.first_row + self._starts[number][run] + positions - block.runs[run, 0]
         return rows
+
+
+def _highest(scores_qn: Scores, k: int) -> Scores:
+    """(q, k) the k highest of each row, in no order; fewer where there are fewer."""
+    rows = scores_qn.shape[1]
+    highest: Scores = scores_qn if rows <= k else np.partition(scores_qn, rows - k, axis=1)[:, rows - k :]
+    return highest
 
 
 def score(emb_nd: npt.NDArray[np.float16], query_d: Query) -> Scores:

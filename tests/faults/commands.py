@@ -46,7 +46,7 @@ class First(Command):
 
 
 class Index(Command):
-    """A night with adds, changes, renames and deletes, that folds shards, adds to a graph and amends the table."""
+    """A night with adds, changes, renames and deletes, that folds shards, adds to the lists and amends the table."""
 
     def prepare(self, world: World, resident: Resident, chance: random.Random) -> None:
         world.fill(chance, 30)
@@ -85,15 +85,15 @@ class Nightly(Index):
 
 
 class Repair(Index):
-    """`verify --repair` of a shard, a graph and a table with bytes that are not what was written."""
+    """`verify --repair` of a shard, a file of lists and a table with bytes that are not what was written."""
 
     def prepare(self, world: World, resident: Resident, chance: random.Random) -> None:
         super().prepare(world, resident, chance)
         world.assert_equals_undisturbed(resident.run(world.order()))
         shown = json.loads((world.out / "current" / "generation.json").read_text())
         data = max(shown["files"], key=lambda file: file["rows"])  # an older generation's file is dropped, not repaired
-        graph = shown["ann"]["graphs"][0]["graph"]
-        for path in (world.out / data["name"], world.out / graph["name"], (world.out / "index.h5").resolve()):
+        lists = shown["ann"]["lists"][0]["file"]
+        for path in (world.out / data["name"], world.out / lists["name"], (world.out / "index.h5").resolve()):
             content = bytearray(path.read_bytes())
             content[len(content) // 2 :] = bytes(len(content) - len(content) // 2)
             path.write_bytes(content)
@@ -143,7 +143,7 @@ def does_all(before: Path, after: Path, ran: Outcome) -> bool:
     def new(pattern: str) -> set[str]:
         return {path.name for path in after.glob(pattern)} - {path.name for path in before.glob(pattern)}
 
-    return bool(new("segments/*") and new("ann/*.usearch")) and "is written whole" not in ran.stderr
+    return bool(new("segments/*") and new("ann/*-*.h5")) and "is written whole" not in ran.stderr
 
 
 COMMANDS: dict[str, Command] = {

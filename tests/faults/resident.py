@@ -113,7 +113,7 @@ def serve() -> None:
         "pipeline.nightly.night",
         "pipeline.verify.command",
         "pipeline.generations",
-        "pipeline.store.usearch_lib",
+        "numpy.random",
         "pipeline.lane_process",
         "pipeline.stages_cpu",
         "engines.ort",

@@ -24,14 +24,14 @@ from pipeline.verify.config import VerifyConfig
 
 Shown = dict[str, tuple[bytes, bytes]]  # key -> content hash, vector bits
 BAD = {b"": "empty", b"not a picture": "not_an_image", noisy_jpeg(7)[:-700]: "truncated"}
-# Folding, graphs and pruning in every few runs, not after a month of nights or a million pictures.
+# Folding, lists and pruning in every few runs, not after a month of nights or a million pictures.
 PATCHES = {
     "pipeline.store.fold:SMALL_MAX": 3,
     "pipeline.store.fold:SEGMENT_ROWS": 60,
     "pipeline.store.amend:TOUCHED_SHARE_MAX": 1.0,
     "pipeline.store.ann:VECTOR_BYTES_MIN": 1,
     "pipeline.store.ann:TAIL_BYTES_MAX": 256,
-    "pipeline.store.ann:GRAPH_ROWS": 50,
+    "pipeline.store.ann:FILE_BYTES": 100 * 32,
 }
 
 
@@ -149,7 +149,7 @@ class World:
 
 def assert_whole(out: Path) -> None:
     """SQLite finds no fault, every vector is where the manifest says, every file is named and what it was; and
-    `verify` finds nothing to say, of graphs neither."""
+    `verify` finds nothing to say, of lists neither."""
     db = sqlite3.connect(out / "manifest.sqlite")
     assert db.execute("PRAGMA integrity_check").fetchall() == [("ok",)]
     lost = "SELECT key FROM input WHERE status = 'embedded' AND content_hash NOT IN (SELECT content_hash FROM vector)"

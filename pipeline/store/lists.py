@@ -1,0 +1,222 @@
+"""Approximate search: inverted lists of vectors near the same centroids, in eight bits, as a generation names them.
+
+    INDEX/ann/<generation>.h5        /centroids (l, d) float16, unit norm
+    INDEX/ann/<generation>-<n>.h5    immutable, list after list: /codes (n, d) int8 and /scales (n,) float32 of what a
+                                     vector has beyond its centroid, /keys (n,) uint64; /starts (l + 1,) int64
+    generations/<n>/ann.npy          (2, rows): keys of all live rows, ascending, and their rows in index.h5
+
+A vector is an entry of two lists (`centroids.two_lists`). A question reads the centroids, then the lists of the nearest
+ones, in every file, until it has looked at `probed` entries: a megabyte or some, one after the other. The best of them
+are scored again from the vectors themselves, so scores are those of exact search (IVF of Faiss, with residuals as in
+Jegou et al. 2011, https://doi.org/10.1109/TPAMI.2010.57).
+
+The key of a vector is the first 8 bytes of its content hash: it stays the same through folding, renames and copies, so
+lists outlive the data files they were made from. A key that a generation does not know is dead there, one that several
+rows have answers with all of them. Rows that are in no list (`tail`) are scored exactly, so nothing is ever missing for
+want of a list.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import h5py
+import numkong
+import numpy as np
+import numpy.typing as npt
+
+from pipeline.store.files import StoreDamaged, digest_file
+from pipeline.store.scan import Query, Rows, Scan, Scores, check_query, score, top
+from pipeline.store.shards import Vectors
+
+KEY_BYTES = 8
+TAIL_COPY_BYTES = 16 << 20  # up to here the vectors of the tail are kept together in memory, for a fast scan
+SCORED_PER_ANSWER, SCORED_MIN = 8, 64  # entries that are scored again, by their vectors; more where few of them live
+DEAD_MAX = 0.5  # of the candidates; past it the neighbourhood has died, and a wider search looks further
+WIDER = 4  # times the entries, then
+CODE_MAX = 127
+REPAIR = "python -m pipeline.verify --repair makes it again; --exact answers without it"
+
+Keys = npt.NDArray[np.uint64]
+Codes = npt.NDArray[np.int8]
+
+
+@dataclass(frozen=True, slots=True)
+class OwnFile:
+    """A file of approximate search, as generation.json remembers it."""
+
+    name: str  # relative to the index folder
+    bytes: int
+    digest: str
+
+    def check(self, path: Path, digest: bool) -> None:
+        """
+        Raises:
+            StoreDamaged: it is not there, or not what was written.
+        """
+        found = path.stat().st_size if path.is_file() else None
+        if found != self.bytes:
+            words = "no file" if found is None else f"{found} bytes"
+            raise StoreDamaged(path, f"a file of {self.bytes} bytes", words, REPAIR)
+        if digest and (got := digest_file(path)) != self.digest:
+            raise StoreDamaged(path, f"digest {self.digest}", f"digest {got}", REPAIR)
+
+
+@dataclass(frozen=True, slots=True)
+class ListFile:
+    """A file of lists, as generation.json remembers it."""
+
+    entries: int
+    file: OwnFile
+
+    @classmethod
+    def from_json(cls, content: dict[str, Any]) -> ListFile:
+        return cls(content["entries"], OwnFile(**content["file"]))
+
+
+@dataclass(frozen=True, slots=True)
+class Lists:
+    """One file of lists, mapped; it stays valid after the file is unlinked."""
+
+    codes_nd: Codes
+    scales: Scores
+    keys: Keys
+    starts: Rows
+
+    @classmethod
+    def open(cls, path: Path) -> Lists:
+        with h5py.File(path, "r", locking=False) as file:
+            starts: Rows = file["starts"][:]
+            codes_nd, scales, keys = (_mapped(path, file[name]) for name in ("codes", "scales", "keys"))
+        if starts[0] != 0 or starts[-1] != len(codes_nd) or np.any(np.diff(starts) < 0):
+            raise StoreDamaged(path, f"lists of {len(codes_nd)} entries in /starts", f"{starts[[0, -1]]}", REPAIR)
+        return cls(codes_nd, scales, keys, starts)
+
+    @property
+    def list_of(self) -> npt.NDArray[np.int64]:
+        """(n,) the list of each entry."""
+        return np.repeat(np.arange(len(self.starts) - 1), np.diff(self.starts))
+
+
+def _mapped(path: Path, dataset: h5py.Dataset) -> npt.NDArray[Any]:
+    """A plain array over the mapping: slices of it cost a third of those of numpy's memmap."""
+    return np.asarray(np.memmap(path, dataset.dtype, "r", dataset.id.get_offset(), dataset.shape))
+
+
+def content_keys(hashes: npt.NDArray[np.uint8]) -> Keys:
+    """(n,) keys of (n, 16) content hashes."""
+    return np.ascontiguousarray(hashes[:, :KEY_BYTES]).view("<u8")[:, 0]
+
+
+def read_centroids(path: Path) -> Vectors:
+    with h5py.File(path, "r", locking=False) as file:
+        centroids_ld: Vectors = file["centroids"][:]
+    return centroids_ld
+
+
+def encode(emb_nd: npt.NDArray[np.float16] | npt.NDArray[np.float32]) -> tuple[Codes, Scores]:
+    """(n, d) codes and (n,) scales: `codes * scales` is within half a scale of the vectors."""
+    wide_nd = emb_nd.astype(np.float32)
+    scales = np.maximum(np.abs(wide_nd).max(axis=1) / np.float32(CODE_MAX), np.finfo(np.float32).tiny)
+    return np.rint(wide_nd / scales[:, None]).astype(np.int8), scales
+
+
+class Lookup:
+    """Lists, the keys of a generation, and the exact scan for what is in no list. Safe to share among threads."""
+
+    def __init__(
+        self, centroids_ld: Vectors, lists: Sequence[Lists], map_2n: Keys, tail: Rows, scan: Scan, probed: int
+    ) -> None:
+        self._centroids, self._lists, self._scan = centroids_ld, list(lists), scan
+        self._starts = [one.starts.tolist() for one in self._lists]
+        self._sizes = np.sum([np.diff(one.starts) for one in self._lists], axis=0)
+        self._keys, self._rows = map_2n[0], map_2n[1]
+        self._tail = tail
+        self._tail_vectors, self._tail_mask = np.empty((0, scan.dim), np.float16), None
+        if 2 * scan.dim * len(tail) <= TAIL_COPY_BYTES:
+            self._tail_vectors = scan.gather(tail)
+        else:  # building was cut short
+            self._tail_mask = np.zeros(scan.rows, np.bool_)
+            self._tail_mask[tail] = True
+        self.probed = probed
+
+    @property
+    def entries(self) -> int:
+        return int(self._sizes.sum())
+
+    @classmethod
+    def open(cls, index: Path, entry: dict[str, Any], scan: Scan, digest: bool = False) -> Lookup:
+        """What `generation.ann` names. Sizes are checked, and with `digest` every byte.
+
+        Raises:
+            StoreDamaged: a file is missing or another.
+        """
+        files = [ListFile.from_json(content).file for content in entry["lists"]]
+        centroids, own = OwnFile(**entry["centroids"]), OwnFile(**entry["map"])
+        for file in (centroids, own, *files):
+            file.check(index / file.name, digest)
+        tail = [np.arange(first, first + count) for first, count in entry["tail"]]
+        return cls(
+            read_centroids(index / centroids.name),
+            [Lists.open(index / file.name) for file in files],
+            np.load(index / own.name, mmap_mode="r"),
+            np.concatenate([np.empty(0, np.int64), *tail]),
+            scan,
+            entry["probed"],
+        )
+
+    def nearest(self, query_d: Query, k: int) -> tuple[Rows, Scores] | None:
+        """The k best live rows of the tail and of the lists that are looked at, with exact scores; best first, ties
+        by row. None: too few rows live around the query, so only an exact search can tell."""
+        check_query(query_d, self._scan.dim)
+        order = np.argsort(-score(self._centroids, query_d))
+        entries_before = np.cumsum(self._sizes[order])
+        for probed in (self.probed, WIDER * self.probed):
+            count = int(np.searchsorted(entries_before, probed)) + 1
+            rows = self._live_rows(query_d, order[:count], k)
+            if rows is not None:
+                break
+        else:
+            return None
+        if self._tail_mask is not None:
+            tail = self._scan.nearest(query_d, k, self._tail_mask)
+        else:
+            tail = top(self._tail, score(self._tail_vectors, query_d), k)
+        scores = score(self._scan.gather(rows), query_d)
+        return top(np.concatenate([rows, tail[0]]), np.concatenate([scores, tail[1]]), k)
+
+    def _live_rows(self, query_d: Query, probed: Rows, k: int) -> Rows | None:
+        """Live rows of the best entries of these lists: k and more, each once."""
+        of_centroid = score(self._centroids[probed], query_d).tolist()
+        code_1d, scale = encode(query_d[None])
+        keys_of: list[Keys] = []
+        scores_of: list[Scores] = []
+        for one, starts in zip(self._lists, self._starts, strict=True):
+            for number, base in zip(probed.tolist(), of_centroid, strict=True):
+                part = slice(starts[number], starts[number + 1])
+                if part.start < part.stop:
+                    products = np.asarray(numkong.cdist(one.codes_nd[part], code_1d, "inner"))[:, 0]
+                    scores_of.append(products.astype(np.float32) * (one.scales[part] * scale) + base)
+                    keys_of.append(one.keys[part])
+        if not keys_of:
+            return None
+        keys, scores = np.concatenate(keys_of), np.concatenate(scores_of)
+        wanted, everything = max(SCORED_MIN, SCORED_PER_ANSWER * k), False
+        while not everything:
+            everything = wanted >= len(scores)
+            worst = -np.inf if everything else np.partition(scores, len(scores) - wanted)[len(scores) - wanted]
+            best = np.unique(keys[scores >= worst])  # a content is in two lists, and in more once it went and came back
+            first = np.searchsorted(self._keys, best)
+            several = np.searchsorted(self._keys, best, "right") - first
+            if np.count_nonzero(several) < (1 - DEAD_MAX) * len(best):
+                return None
+            several = np.minimum(several, k)  # no more than k copies can be among k answers
+            if several.sum() >= k:
+                row_at = np.repeat(first - np.cumsum(several) + several, several) + np.arange(several.sum())
+                rows: Rows = self._rows[row_at].astype(np.int64)
+                return rows
+            wanted *= WIDER
+        return None
