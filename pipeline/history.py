@@ -5,8 +5,7 @@ Both go into runs/<n>.json, for whoever looks at the run afterwards.
 
 from __future__ import annotations
 
-import random
-from collections.abc import Iterable
+from collections.abc import Sequence
 from typing import Any
 
 import numpy as np
@@ -57,12 +56,14 @@ class Sample:
 
     def __init__(self) -> None:
         self.ids: list[int] = []
-        self._seen, self._random = 0, random.Random(0)
+        self._seen, self._random = 0, np.random.default_rng(0)
 
-    def add(self, ids: Iterable[int]) -> None:
-        for number in ids:
-            self._seen += 1
+    def add(self, ids: Sequence[int]) -> None:
+        seen = np.arange(self._seen, self._seen + len(ids))
+        self._seen += len(ids)
+        places = (self._random.random(len(ids)) * (seen + 1)).astype(np.int64)  # any up to its own
+        for row in np.flatnonzero((places < SAMPLE_ROWS) | (seen < SAMPLE_ROWS)).tolist():
             if len(self.ids) < SAMPLE_ROWS:
-                self.ids.append(number)
-            elif (at := self._random.randrange(self._seen)) < SAMPLE_ROWS:
-                self.ids[at] = number
+                self.ids.append(ids[row])
+            else:
+                self.ids[places[row]] = ids[row]

@@ -32,8 +32,8 @@ import numpy.typing as npt
 from pipeline.batch import Batch, Failure
 from pipeline.child import die_with_parent
 from pipeline.devices import last_words, open_lane_engine, open_stages
-from pipeline.lanes import ENGINE_SLOTS_MAX, READ_THREADS, TICK_S, Board, Chunk, LaneSpec, Verdict
-from pipeline.messages import Broken, Claim, Done, Message, Ready, Tick, encode, sayable
+from pipeline.lanes import ENGINE_SLOTS_MAX, READ_THREADS, TICK_S, Board, LaneSpec
+from pipeline.messages import Broken, Chunk, Claim, Done, Message, Ready, Tick, Verdict, decode_order, encode, sayable
 from pipeline.posted_source import PostedSource
 from pipeline.reads import Read, Reader
 from pipeline.sources import Source
@@ -156,16 +156,17 @@ class LaneProcess:
     def _next_chunk(self) -> Chunk | None:
         if self.backlog:
             return self.backlog.popleft()
-        message = self.conn.recv()
+        message = decode_order(self.conn.recv_bytes())
         assert message is None or isinstance(message, Chunk), f"expected a chunk, got {message!r}"
         if message is None:
             os._exit(0)  # all chunks are done: the coordinator only asks then
         return message
 
     def _await_verdict(self) -> Verdict:
-        while not isinstance(message := self.conn.recv(), Verdict):
-            self.backlog.append(message)
-        return message
+        while not isinstance(order := decode_order(self.conn.recv_bytes()), Verdict):
+            assert order is not None, "told to leave with a chunk in hand"
+            self.backlog.append(order)
+        return order
 
     # ---- decoder ---------------------------------------------------------------------------------------------------
 

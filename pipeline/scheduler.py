@@ -19,8 +19,8 @@ from multiprocessing.connection import wait
 
 from pipeline.batch import Reason
 from pipeline.history import Sample, Throughput
-from pipeline.lanes import STOP_GRACE_S, TICK_S, Chunk, Lane, LaneSpec, Verdict
-from pipeline.messages import Broken, Claim, Done, Lost, Message, Ready, Refused, Tick
+from pipeline.lanes import STOP_GRACE_S, TICK_S, Lane, LaneSpec
+from pipeline.messages import Broken, Chunk, Claim, Done, Lost, Message, Ready, Refused, Tick, Verdict
 from pipeline.shares import Dynamic, Pace, Policy
 from pipeline.store import Outcome, PendingItem, Store
 
@@ -175,7 +175,7 @@ class Sharing:
     def _handle(self, lane: Lane, message: Message) -> None:
         match message:
             case Claim():
-                lane.conn.send(Verdict(self._judge(message)))
+                lane.tell(Verdict(self._judge(message)))
             case Done():
                 self._commit(lane, message)
             case Tick():
@@ -207,7 +207,7 @@ class Sharing:
     def _commit(self, lane: Lane, done: Done) -> None:
         committed = self.store.commit_chunk(done.shard, done.outcomes)
         self.totals.embedded += committed.embedded
-        self.totals.sample.add(outcome.id for outcome in done.outcomes if outcome.status == "embedded")
+        self.totals.sample.add([outcome.id for outcome in done.outcomes if outcome.status == "embedded"])
         self.totals.copied += committed.copied
         self.totals.quarantined_new += committed.quarantined_new
         self.totals.decoders.update(done.decoders)
@@ -321,10 +321,13 @@ class Sharing:
 
     def _without_crashers(self, rows: list[PendingItem]) -> list[PendingItem]:
         """A parquet file that takes its reader down does so with row after row; it is not given the chance."""
-        lost = [row for row in rows if self.crashed_reads[_container(row)] >= READ_CRASHES_MAX]
+        crashers = {name for name, rows_lost in self.crashed_reads.items() if rows_lost >= READ_CRASHES_MAX}
+        if not crashers:
+            return rows
+        lost = [row for row in rows if _container(row) in crashers]
         if lost:
             self._condemn(lost, "decoder_crash", f"{READ_CRASHES_MAX} pictures beside it took their reader down")
-        return [row for row in rows if self.crashed_reads[_container(row)] < READ_CRASHES_MAX]
+        return [row for row in rows if _container(row) not in crashers]
 
     def _drain(self) -> None:
         """The run is stopped: lanes drop the batch in flight and hand in the rows that are done."""

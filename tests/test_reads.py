@@ -5,6 +5,7 @@ from __future__ import annotations
 import errno
 import os
 import sys
+import threading
 from collections import Counter
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
@@ -117,6 +118,28 @@ def test_what_will_not_pass_is_not_asked_for_twice(error: Exception, waits: list
     assert failed(read_all(source)) == [3]
     assert len(source.asked) == 20
     assert waits == []
+
+
+@pytest.mark.parametrize("quick_s", [9.0, 0.0])
+def test_a_quick_source_is_read_by_one_thread_and_a_slow_one_by_all(
+    quick_s: float, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(reads, "QUICK_S", quick_s)
+    threads = list[int]()
+    together = threading.Barrier(4, timeout=20)
+
+    class Slow:
+        def read(self, locator: bytes, size_bytes: int) -> bytes:
+            threads.append(threading.get_ident())
+            if quick_s == 0 and len(threads) > 1:  # nobody comes back before all have asked
+                together.wait()
+            return locator
+
+    with ThreadPoolExecutor(4) as pool:
+        reader = Reader(Slow(), pool, 4, lambda: False)  # type: ignore[arg-type]
+        came = [one for group in reader.read_chunk([ROWS[:9], ROWS[9:13], ROWS[13:17]]) for one in group]
+    assert [(row, read[0]) for row, read in came] == [(row, row.locator) for row in ROWS[:17]]
+    assert len(set(threads)) == (1 if quick_s else 4)
 
 
 def test_a_source_that_is_down_is_given_up_on(waits: list[float], monkeypatch: pytest.MonkeyPatch) -> None:

@@ -154,6 +154,7 @@ def test_publishing_is_idempotent_and_keeps_three(tmp_path: Path) -> None:
 
 def test_folding_drops_dead_rows_and_bounds_the_files(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(fold, "SEGMENT_ROWS", 100)
+    monkeypatch.setattr(fold, "PIECE_ROWS", 3)
     pictures = {**some(400), "twin": b"picture 7", "last": b"picture 399"}
     run(tmp_path, pictures, chunk=5)
     assert_shows(tmp_path, pictures)

@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import dataclasses
+import sqlite3
+from contextlib import closing
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -21,6 +23,7 @@ from store_model import (
     vector_of,
 )
 
+from pipeline.batch import Item
 from pipeline.store import (
     Generation,
     Outcome,
@@ -29,6 +32,7 @@ from pipeline.store import (
     StoreDamaged,
     StoreError,
     content_hash,
+    manifest,
     write_shard,
 )
 
@@ -201,6 +205,31 @@ def test_a_chunk_must_match_its_shard(tmp_path: Path) -> None:
         late = write_shard(store.shard_path(), vectors[:1], np.array([third.id]), [content_hash(b"c")], {})
         assert store.commit_chunk(late, [Outcome(third.id, "embedded", content_hash(b"c"))]).embedded == 0
         assert store.counts().deleted == 3
+
+
+@pytest.mark.parametrize("count", [1, manifest.INSERT_ROWS, 2 * manifest.INSERT_ROWS + 1])
+def test_however_many_are_new_every_one_is_there_as_it_was_listed(tmp_path: Path, count: int) -> None:
+    items = [
+        Item(f"{number:04d}'\"%?", b"at \xff%d" % number, number, 7 * number, f"e{number}", {"n": number % 3})
+        for number in range(count)
+    ]
+    with Store.open(tmp_path, SPACE, DIM) as store:
+        run_number = store.begin_run(PHOTOS)
+        assert store.observe(items) == (count, 0, 0, 0, 0)
+        with closing(sqlite3.connect(tmp_path / "manifest.sqlite")) as db:
+            rows = db.execute(
+                "SELECT id, scope, key, locator, size, mtime_ns, etag, json, status, first_seen, last_seen "
+                "FROM input JOIN metadata USING(meta_hash) ORDER BY id"
+            ).fetchall()
+        assert rows == [
+            (number, 1, one.key, one.locator, one.size_bytes, one.mtime_ns, one.etag, f'{{"n":{one.metadata["n"]}}}',
+             "pending", run_number, run_number)
+            for number, one in enumerate(items, 1)
+        ]  # fmt: skip
+        assert [(one.id, one.key, one.locator, one.size_bytes) for one in store.pending(count + 1)] == [
+            (row[0], *row[2:5]) for row in rows
+        ]
+        assert store.observe(items) == (0, 0, 0, 0, count), "listed twice"
 
 
 def test_two_spaces_share_an_index(tmp_path: Path) -> None:

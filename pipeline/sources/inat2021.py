@@ -91,8 +91,15 @@ def metadata_of_folder(name: bytes) -> dict[str, MetadataValue]:
 
 
 def _from_folders(files: Iterator[Found | Damage]) -> Iterator[tuple[Found | Damage, dict[str, MetadataValue]]]:
+    last_folder, metadata = None, dict[str, MetadataValue]()
     for found in files:
-        yield found, {} if isinstance(found, Damage) else metadata_of_folder(found.name)
+        if isinstance(found, Damage):
+            yield found, {}
+            continue
+        folder = found.name.rpartition(b"/")[0]
+        if folder != last_folder:
+            last_folder, metadata = folder, metadata_of_folder(found.name)
+        yield found, metadata
 
 
 def _how_to_get(root: str, split: str) -> str:

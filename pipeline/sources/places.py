@@ -12,7 +12,9 @@ import re
 from collections.abc import Iterator
 from functools import lru_cache
 from hashlib import blake2b
-from typing import BinaryIO, NamedTuple, Protocol
+from typing import BinaryIO, Protocol
+
+import msgspec
 
 from pipeline.sources import Damage, SourceError
 
@@ -22,7 +24,7 @@ _SIGNATURE = re.compile(r"(://[^\s?'\"]*\?)[^\s'\"]+")
 UNKNOWN = "unknown-"  # begins the etag of a file whose server tells neither etag nor date: equal to no other etag
 
 
-class Found(NamedTuple):
+class Found(msgspec.Struct, frozen=True, gc=False):
     name: bytes  # relative to the place's root
     size_bytes: int
     mtime_ns: int

@@ -5,12 +5,22 @@ from pipeline.store.files import Locked, NoIndex, StoreDamaged, StoreError, cont
 from pipeline.store.generation import Block, Generation, Picture
 from pipeline.store.listing import Container, Observed, Preview, Scope
 from pipeline.store.shards import ShardInfo, map_embeddings, write_shard
-from pipeline.store.store import Committed, Counts, Outcome, PendingItem, Quarantine, Store, show_generation
+from pipeline.store.store import (
+    Committed,
+    ContentHash,
+    Counts,
+    Outcome,
+    PendingItem,
+    Quarantine,
+    Store,
+    show_generation,
+)
 
 __all__ = [
     "Block",
     "Committed",
     "Container",
+    "ContentHash",
     "Counts",
     "Generation",
     "Locked",

@@ -8,6 +8,7 @@ kept generation names them. Copying runs at disk speed (1 KB a row at d = 512), 
 
 from __future__ import annotations
 
+import json
 import sqlite3
 from collections.abc import Iterator, Sequence
 from pathlib import Path
@@ -17,7 +18,7 @@ import numpy as np
 import numpy.typing as npt
 
 from pipeline.store.files import StoreDamaged
-from pipeline.store.manifest import next_id, transaction
+from pipeline.store.manifest import CONTENT_OF_EACH, next_id, transaction
 from pipeline.store.places import DataFile
 from pipeline.store.shards import PIECE_ROWS, Piece, ShardInfo, check_file, write_pieces
 
@@ -76,13 +77,7 @@ def fold(db: sqlite3.Connection, out: Path, space: int, name: str, group: Sequen
                 "DELETE FROM vector WHERE content_hash = ? AND space = ? AND shard = ? AND row = ?",
                 ((hashes[row].tobytes(), space, file.number, int(row)) for row in dead),
             )
-            moved = db.executemany(
-                "UPDATE vector SET shard = ?, row = ? WHERE content_hash = ? AND space = ? AND shard = ?",
-                (
-                    (number, row, hashes[old].tobytes(), space, file.number)
-                    for row, old in enumerate(np.flatnonzero(file.live), start)
-                ),
-            ).rowcount
+            moved = _move(db, space, hashes[file.live], file.number, number, start)
             if moved != file.live_rows:
                 raise StoreDamaged(
                     out / file.info.name,
@@ -101,6 +96,20 @@ def fold(db: sqlite3.Connection, out: Path, space: int, name: str, group: Sequen
     ]
     shows = np.concatenate([file.shows[file.live] for file in group])
     return DataFile(number, info, shows, np.concatenate(repeats))
+
+
+def _move(db: sqlite3.Connection, space: int, hashes: npt.NDArray[np.uint8], old: int, new: int, start: int) -> int:
+    """Vectors of file `old` are rows of file `new` now, from `start` on. Returns of how many the manifest knew."""
+    moved = 0
+    for at in range(0, len(hashes), PIECE_ROWS):
+        part = hashes[at : at + PIECE_ROWS]
+        moved += db.execute(
+            "UPDATE vector SET shard = :new, row = each.value FROM json_each(:rows) each "
+            f"WHERE content_hash = {CONTENT_OF_EACH} AND space = :space AND shard = :old",
+            {"contents": part, "rows": json.dumps([*range(start + at, start + at + len(part))]),
+             "space": space, "old": old, "new": new},
+        ).rowcount  # fmt: skip
+    return moved
 
 
 def engines_of(parts: Sequence[ShardInfo]) -> str:

@@ -18,7 +18,7 @@ import numpy as np
 import numpy.typing as npt
 
 from pipeline.batch import Item
-from pipeline.store.manifest import PENDING, VARIABLES, bump_state, next_id, transaction
+from pipeline.store.manifest import PENDING, VARIABLES, bump_state, insert_rows, next_id, transaction
 from pipeline.store.records import INT64, NUMBERED, NUMBERS, QUOTES, RECORDS, hex_of, pack_all, place_of, records_of
 
 log = logging.getLogger(__name__)
@@ -107,12 +107,12 @@ class Listing:
 
     def observe(self, items: Sequence[Item]) -> Observed:
         hashes, metadata = pack_all(items)
-        listed = records_of(items, hashes)
         keys = [item.key for item in items]
         # Sources list in order: then one range takes half the time of look-ups.
         part = self._range(keys) if keys == sorted(keys) else None
         if part is not None:
             known, lowest, highest = self._db.execute(f"{RECORDS} {part.sql}", part.args).fetchone()
+            listed = records_of(items, hashes) if lowest else ""  # nothing known: nothing to compare
             # Almost always all are as they were. Equal texts are equal rows: with nothing escaped and no quotation mark
             # too many, every text in them ends where it seems to.
             if listed == known and "\\" not in listed and listed.count('"') == QUOTES * len(items):
@@ -167,7 +167,7 @@ class Listing:
             mtime_ns = item.mtime_ns if item.mtime_ns < INT64.stop else INT64.stop - 1  # may claim the year 2400
             found = (item.size_bytes, mtime_ns, item.etag, item.locator, meta_hash)
             if had is None:
-                new[item.key] = (self.scope, item.key, *found, self.run, self.run)
+                new[item.key] = (item.key, *found)
                 needed.add(meta_hash)
                 continue
             was_deleted, number = number < 0, abs(number)
@@ -201,10 +201,12 @@ class Listing:
         first = next_id(self._db, "input")
         with transaction(self._db):
             self._db.executemany("INSERT OR IGNORE INTO metadata VALUES (?, ?)", metadata.items())
-            self._db.executemany(
-                "INSERT INTO input(scope, key, size, mtime_ns, etag, locator, meta_hash, first_seen, last_seen, status)"
-                " VALUES (?, ?, ?, ?, ?, ?, ?, ?, ?, 'pending')",
-                new.values(),
+            insert_rows(
+                self._db,
+                "INSERT INTO input(key, size, mtime_ns, etag, locator, meta_hash, scope, first_seen, last_seen, status)"
+                " VALUES",
+                f"(?, ?, ?, ?, ?, ?, {self.scope}, {self.run}, {self.run}, 'pending')",
+                list(new.values()),
             )
             self._db.executemany(
                 "UPDATE input SET size = ?, mtime_ns = ?, etag = ?, locator = ?, meta_hash = ?,"

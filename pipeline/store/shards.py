@@ -91,9 +91,8 @@ def write_pieces(path: Path, rows: int, dim: int, pieces: Iterable[Piece], attrs
 
 
 def hash_rows(content_hashes: Sequence[bytes]) -> npt.NDArray[np.uint8]:
-    wrong = next((h for h in content_hashes if len(h) != DIGEST_BYTES), None)
-    if wrong is not None:
-        raise ValueError(f"a content hash has {len(wrong)} bytes, expected {DIGEST_BYTES} (BLAKE3-128)")
+    if wrong := {*map(len, content_hashes)} - {DIGEST_BYTES}:
+        raise ValueError(f"a content hash has {wrong.pop()} bytes, expected {DIGEST_BYTES} (BLAKE3-128)")
     return np.frombuffer(b"".join(content_hashes), np.uint8).reshape(-1, DIGEST_BYTES)
 
 

@@ -12,6 +12,7 @@ of a thousand rows reach 20 k rows/s and single rows a few hundred.
 
 from __future__ import annotations
 
+import json
 import logging
 import os
 import sqlite3
@@ -19,19 +20,29 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from types import TracebackType
-from typing import Any, Literal, NamedTuple
+from typing import Annotated, Any, Literal, NamedTuple, TypeAlias
 
 import h5py
 import msgspec
 import numpy as np
+import numpy.typing as npt
 
 from pipeline.batch import Item, Mark, Reason
 from pipeline.store import publish as publishing
 from pipeline.store.ann import Turn
-from pipeline.store.files import NoIndex, StoreDamaged, StoreError, sync, take_lock
+from pipeline.store.files import DIGEST_BYTES, NoIndex, StoreDamaged, StoreError, sync, take_lock
 from pipeline.store.fold import register
 from pipeline.store.listing import Container, Listing, Observed, Preview, Scope
-from pipeline.store.manifest import PENDING, bump_state, connect, select_in, space_id, transaction
+from pipeline.store.manifest import (
+    CONTENT_OF_EACH,
+    PENDING,
+    bump_state,
+    connect,
+    select_in,
+    space_id,
+    transaction,
+    undone_from_memory,
+)
 from pipeline.store.records import clean_text
 from pipeline.store.shards import ShardInfo, check_file, hash_rows
 
@@ -39,19 +50,23 @@ log = logging.getLogger(__name__)
 EXAMPLES = 24  # of each reason
 
 
-class PendingItem(NamedTuple):
+ContentHash: TypeAlias = Annotated[bytes, msgspec.Meta(min_length=DIGEST_BYTES, max_length=DIGEST_BYTES)]
+
+
+# Of these two there are thousands at once, hence without names in messages and without the garbage collector.
+class PendingItem(msgspec.Struct, frozen=True, array_like=True, gc=False):
     id: int
     key: str
     locator: bytes
     size_bytes: int
 
 
-class Outcome(msgspec.Struct, frozen=True):
+class Outcome(msgspec.Struct, frozen=True, array_like=True, gc=False):
     """What became of one pending input. "embedded" ones stand in the order of the shard's rows."""
 
     id: int
     status: Literal["embedded", "copied", "quarantined"]
-    content_hash: bytes | None  # None: its bytes could not be read
+    content_hash: ContentHash | None  # None: its bytes could not be read
     reason: Reason | Literal[""] = ""
     mark: Mark = ""
     words: str = ""
@@ -184,9 +199,15 @@ class Store:
 
     def has_vectors(self, hashes: Sequence[bytes]) -> list[bool]:
         """Which contents have a vector in this space."""
-        sql = "SELECT content_hash FROM vector WHERE space = ? AND content_hash IN (?*)"
-        found = {row[0] for row in select_in(self._db, sql, (self._space[0],), hashes)}
-        return [content in found for content in hashes]
+        rows = self._db.execute(
+            "SELECT each.key FROM json_each(:numbers) each "
+            f"CROSS JOIN vector ON content_hash = {CONTENT_OF_EACH} AND space = :space",
+            {"contents": hash_rows(hashes), "numbers": json.dumps([*range(len(hashes))]), "space": self._space[0]},
+        )
+        found = [False] * len(hashes)
+        for (row,) in rows:
+            found[row] = True
+        return found
 
     def shard_path(self) -> Path:
         """The name for the next shard of this run."""
@@ -200,13 +221,15 @@ class Store:
         copied = [outcome for outcome in outcomes if outcome.status == "copied"]
         quarantined = [outcome for outcome in outcomes if outcome.status == "quarantined"]
         self._check_chunk(shard, embedded)
-        with transaction(self._db):
+        with undone_from_memory(self._db), transaction(self._db):
             if shard is not None:
                 number = register(self._db, space, shard)
-                self._db.executemany(  # equal contents keep their first vector; a second one is a dead row
-                    "INSERT OR IGNORE INTO vector(content_hash, space, shard, row, mark) VALUES (?, ?, ?, ?, ?)",
-                    ((done.content_hash, space, number, row, done.mark) for row, done in enumerate(embedded)),
-                )
+                self._db.execute(  # equal contents keep their first vector; a second one is a dead row
+                    "INSERT OR IGNORE INTO vector(content_hash, space, shard, row, mark) "
+                    f"SELECT {CONTENT_OF_EACH}, :space, :shard, each.key, each.value FROM json_each(:marks) each",
+                    {"contents": _contents(embedded), "marks": json.dumps([done.mark for done in embedded]),
+                     "space": space, "shard": number},
+                )  # fmt: skip
             settled, copies = self._settle(embedded), self._settle(copied)
             bad, bad_new, lost = self._quarantine(quarantined)
             if settled or copies or lost:
@@ -225,7 +248,7 @@ class Store:
         with h5py.File(path, "r", locking=False) as file:
             ids, hashes = file["id"][:], file["content_hash"][:]
         want_ids = np.array([outcome.id for outcome in embedded], np.int64)
-        want_hashes = hash_rows([outcome.content_hash or b"" for outcome in embedded])
+        want_hashes = _contents(embedded)
         wrong = np.flatnonzero((ids != want_ids) | (hashes != want_hashes).any(axis=1))
         if len(wrong):
             row = int(wrong[0])
@@ -235,11 +258,15 @@ class Store:
 
     def _settle(self, outcomes: Sequence[Outcome]) -> int:
         """Inputs whose content has a vector now. One that is no longer pending was deleted meanwhile, and stays so."""
-        return self._db.executemany(
-            "UPDATE input SET status = 'embedded', content_hash = ?, reason = '', words = '', attempts = 0 "
-            f"WHERE id = ? AND {PENDING} AND EXISTS(SELECT 1 FROM vector WHERE content_hash = ? AND space = ?)",
-            ((done.content_hash, done.id, done.content_hash, self._space[0]) for done in outcomes),
-        ).rowcount
+        return self._db.execute(
+            "UPDATE input SET "
+            "status = 'embedded', content_hash = v.content_hash, reason = '', words = '', attempts = 0 "
+            "FROM json_each(:ids) each "
+            f"CROSS JOIN vector v ON v.content_hash = {CONTENT_OF_EACH} AND v.space = :space "
+            f"WHERE input.id = each.value AND {PENDING}",
+            {"contents": _contents(outcomes), "ids": json.dumps([done.id for done in outcomes]),
+             "space": self._space[0]},
+        ).rowcount  # fmt: skip
 
     def _quarantine(self, outcomes: Sequence[Outcome]) -> tuple[int, int, bool]:
         """How many, how many of them new, and whether a generation would look different."""
@@ -296,7 +323,7 @@ class Store:
 
         None: another model's generation is shown and this model lacks vectors of `missing` pictures, so nothing was
         published. `review(shown, new)` is called before a generation of another model takes the place of the shown one.
-        `turn` says when the building of graphs for approximate search leaves off (default: never).
+        `turn` says when the making of lists for approximate search leaves off (default: never).
         """
         return publishing.publish(self._db, self.out, self._space, spec, extra, keep, review, turn or Turn())
 
@@ -308,6 +335,10 @@ class Store:
     def pinned(self) -> int | None:
         """The generation that was chosen to be shown whatever is published after it."""
         return publishing.pinned(self._db)
+
+
+def _contents(outcomes: Sequence[Outcome]) -> npt.NDArray[np.uint8]:
+    return hash_rows([outcome.content_hash or b"" for outcome in outcomes])
 
 
 def show_generation(out: Path, number: int | None) -> int:

@@ -211,7 +211,7 @@ class Writer:
         h5["content_hash"][part] = np.frombuffer(b"".join(hashes), np.uint8).reshape(-1, DIGEST_BYTES)
         if not self._marks.keys().isdisjoint(ids):  # few are marked, and what is not written reads as ""
             h5["mark"][part] = [self._marks.get(number, "") for number in ids]
-        h5["locator"][part] = [_quoted(locator) for locator in locators]
+        h5["locator"][part] = _quoted(locators)
         if self._columns:
             unpacked = [json.loads(text) if text else {} for text in packed]
             there = {name for values in unpacked for name in values}
@@ -225,9 +225,12 @@ def _pieces(ids: Ids) -> Iterator[list[int]]:
         yield ids[start : start + PIECE_ROWS].tolist()
 
 
-def _quoted(locator: bytes) -> str:
-    # Five times as fast as quoting when nothing is to be quoted, which is the rule.
-    return quote_from_bytes(locator, safe=SAFE_TEXT) if locator.translate(None, SAFE_TEXT) else locator.decode()
+def _quoted(locators: Sequence[bytes]) -> list[str]:
+    # Nothing is to be quoted, that is the rule; then all at once take a tenth of the time.
+    together = b"\0".join(locators)
+    if len(together.translate(None, SAFE_TEXT)) == len(locators) - 1:
+        return together.decode().split("\0")
+    return [quote_from_bytes(locator, safe=SAFE_TEXT) for locator in locators]
 
 
 # --- vectors

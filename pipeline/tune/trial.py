@@ -19,8 +19,8 @@ from pathlib import Path
 import psutil
 
 from pipeline.batch import BadImage, Item
-from pipeline.lanes import READ_THREADS, Chunk, Lane, LaneSpec, Verdict
-from pipeline.messages import Broken, Claim, Done, Lost, Ready, Refused, Tick
+from pipeline.lanes import READ_THREADS, Lane, LaneSpec
+from pipeline.messages import Broken, Chunk, Claim, Done, Lost, Ready, Refused, Tick, Verdict
 from pipeline.sources import Source
 from pipeline.store import PendingItem
 from pipeline.tune.halving import Measured
@@ -139,7 +139,7 @@ class Rehearsal:
                 while len(lane.chunks) < 2:
                     lane.give(self._chunk())
             case Claim():
-                lane.conn.send(Verdict([True] * len(message.hashes)))
+                lane.tell(Verdict([True] * len(message.hashes)))
             case Tick():
                 ticks[lane.spec.name].append(message)
             case Refused(words) | Broken(words) | Lost(words, _):
