@@ -223,6 +223,34 @@ def test_with_every_list_looked_at_the_answer_is_the_exact_one(tmp_path: Path) -
                 assert found.scores.tolist() == exact.scores.tolist()
 
 
+@pytest.mark.usefixtures("lists")
+@pytest.mark.parametrize("kind", ["lists", "centroids"])
+def test_a_night_makes_anew_what_cannot_be_read(tmp_path: Path, kind: str, caplog: pytest.LogCaptureFixture) -> None:
+    run(tmp_path, some(250))
+    entry = content(tmp_path)["ann"]
+    damaged = tmp_path / (entry["lists"][0]["file"] if kind == "lists" else entry["centroids"])["name"]
+    damaged.write_bytes(bytes(damaged.stat().st_size))
+    run(tmp_path, some(260))
+    assert "made anew" in caplog.text
+    assert str(damaged.relative_to(tmp_path)) not in ann.names_of(content(tmp_path)["ann"])
+    assert_lists_answer(tmp_path)
+
+
+@pytest.mark.usefixtures("lists")
+def test_new_centroids_are_not_trained_in_vain(tmp_path: Path) -> None:
+    looks = iter([False])  # then there is no time left
+    pictures = some(400)
+    with Store.open(tmp_path, SPACE, DIM) as index:
+        index.begin_run(PHOTOS)
+        index.observe([item(key, picture) for key, picture in pictures.items()])
+        index.finish_listing()
+        embed(index, pictures)
+        index.publish({}, {}, turn=Turn(lambda: next(looks, True)))
+    entry = content(tmp_path)["ann"]
+    assert sum(count for _, count in entry["tail"]) == 400 - ann.ASSIGN_ROWS
+    assert_lists_answer(tmp_path)
+
+
 def scan_of(path: Path, wide_nd: npt.NDArray[np.float64]) -> Scan:
     np.save(path, (wide_nd / np.linalg.norm(wide_nd, axis=1, keepdims=True)).astype(np.float16))
     return Scan([Block(path.name, np.load(path, mmap_mode="r"), 0, np.array([[0, len(wide_nd)]]))])

@@ -256,8 +256,8 @@ def _sort_in(
     few = 2 * scan.dim * len(todo) <= TAIL_BYTES_MAX
     most = FILE_BYTES // scan.dim
     joined, kept = _joined(files, 0 if few else LISTS_EACH * len(todo), most)
-    if (few and not joined) or turn.out_of_time():
-        return files
+    if (few and not joined) or (files and turn.out_of_time()):
+        return files  # new centroids get their first rows whatever the time, or every night would train them in vain
     todo = todo[np.argsort(row_of[todo])]  # in the order of the data files, so that what is left is one stretch
     total, made, start_s = len(todo), 0, time.monotonic()
     last_line_s = start_s

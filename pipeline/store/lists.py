@@ -88,9 +88,16 @@ class Lists:
 
     @classmethod
     def open(cls, path: Path) -> Lists:
-        with h5py.File(path, "r", locking=False) as file:
-            starts: Rows = file["starts"][:]
-            codes_nd, scales, keys = (_mapped(path, file[name]) for name in ("codes", "scales", "keys"))
+        """
+        Raises:
+            StoreDamaged: this is no such file.
+        """
+        try:
+            with h5py.File(path, "r", locking=False) as file:
+                starts: Rows = file["starts"][:]
+                codes_nd, scales, keys = (_mapped(path, file[name]) for name in ("codes", "scales", "keys"))
+        except (OSError, KeyError, ValueError) as error:
+            raise StoreDamaged(path, "a file of lists", str(error), REPAIR) from None
         if starts[0] != 0 or starts[-1] != len(codes_nd) or np.any(np.diff(starts) < 0):
             raise StoreDamaged(path, f"lists of {len(codes_nd)} entries in /starts", f"{starts[[0, -1]]}", REPAIR)
         return cls(codes_nd, scales, keys, starts)
