@@ -142,6 +142,13 @@ def test_a_short_lucky_measurement_does_not_win() -> None:
     assert Search(measure, 1.0, lambda: False).race([slow, fast, Setting(2, 1, 1, 2)], 1.0) == fast
 
 
+@pytest.mark.parametrize(("speed", "taken"), [(1.02, False), (1.06, True)])
+def test_what_is_hardly_faster_is_not_taken(speed: float, taken: bool) -> None:
+    start, other = Setting(1, 2, 2, 2), Setting(1, 2, 1, 2)
+    search = Search(lambda now, seconds: Measured(100 * (speed if now is other else 1), seconds, 1), 1.0, lambda: False)
+    assert search.worth(other, start, 1.0) == (other if taken else start)
+
+
 # ---- on this host ------------------------------------------------------------------------------------------------
 
 

@@ -66,7 +66,7 @@ class Columns:
 
     def __init__(self, generation: Generation) -> None:
         self._generation, self._lock = generation, threading.RLock()
-        self._columns = generation.metadata_columns()
+        self._columns = generation.metadata_columns
         self._coded: dict[str, Coded | None] = {}
         self._days: dict[str, Days] = {}
 

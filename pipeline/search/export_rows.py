@@ -31,7 +31,7 @@ _ARROW = {"text": pa.string(), "integer": pa.int64(), "real": pa.float64()}
 
 def schema(index: Index) -> pa.Schema:
     """`row` of index.h5, `key`, `mark`, a struct `metadata` of what the index has, and `embedding`: d float16."""
-    columns = index.generation.metadata_columns().items()
+    columns = index.generation.metadata_columns.items()
     metadata = pa.struct([pa.field(name, _ARROW[kind]) for name, (kind, _) in columns])
     fields = [("row", pa.int64()), ("key", pa.string()), ("mark", pa.string())]
     if metadata.num_fields:  # Parquet has no empty structs

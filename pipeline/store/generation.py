@@ -16,6 +16,7 @@ from __future__ import annotations
 import json
 from collections.abc import Iterator
 from dataclasses import dataclass
+from functools import cached_property
 from pathlib import Path
 from types import TracebackType
 from typing import Any, Literal, NamedTuple
@@ -93,6 +94,7 @@ class Generation:
         if at != self.rows:
             raise StoreDamaged(home / "generation.json", f"{self.rows} live rows", f"{at}", "Publish a new generation")
         self._table = h5py.File(index / own.name, "r", locking=False)
+        self._opened: dict[str, h5py.Dataset] = {}  # opening one takes as long as reading a few rows of it
 
     @classmethod
     def open(cls, index: Path, check: Check = "size") -> Generation:
@@ -123,6 +125,7 @@ class Generation:
 
     def close(self) -> None:
         """Close the table. Blocks that somebody holds stay readable."""
+        self._opened.clear()
         self._table.close()
         self._blocks.clear()
 
@@ -149,18 +152,18 @@ class Generation:
     def metadata(self, rows: npt.NDArray[np.int64]) -> list[dict[str, str | int | float]]:
         """Per row, the values it has; a missing one is left out."""
         found: list[dict[str, str | int | float]] = [{} for _ in rows]
-        for path, dataset in self._table["metadata"].items():
-            name, kind = dataset.attrs["name"], dataset.attrs["kind"]
+        for name, (kind, path) in self.metadata_columns.items():
             if kind == "text":
-                for values, text in zip(found, self._strings(f"metadata/{path}", rows), strict=True):
+                for values, text in zip(found, self._strings(path, rows), strict=True):
                     if text:
                         values[name] = text
                 continue
-            for values, number in zip(found, self._column(f"metadata/{path}", rows), strict=True):
+            for values, number in zip(found, self._column(path, rows), strict=True):
                 if not np.isnan(number):
                     values[name] = int(number) if kind == "integer" else float(number)
         return found
 
+    @cached_property
     def metadata_columns(self) -> dict[str, tuple[str, str]]:
         """Name -> kind (text, integer or real) and path in index.h5, which quotes what HDF5 does not take."""
         columns = self._table["metadata"].items()
@@ -205,7 +208,9 @@ class Generation:
         unique, back = np.unique(np.asarray(rows, np.int64), return_inverse=True)
         if not len(unique):
             return np.empty(0)
-        values: npt.NDArray[Any] = self._table[path][unique][back]
+        if path not in self._opened:
+            self._opened[path] = self._table[path]
+        values: npt.NDArray[Any] = self._opened[path][unique][back]
         return values
 
 

@@ -14,6 +14,7 @@ from typing import Any, NamedTuple, TypeAlias
 from pipeline.setting import Setting
 
 CLEAR = 1.1  # ahead by a tenth: longer measurements would not change that
+WORTH = 1.03  # times the default: by less, two measurements of one setting differ too
 LEAD_BATCHES_MAX = 8
 GPU_LANES_MAX = 4  # on one GPU: each has weights and buffers of its own there
 BATCH_FACTOR_MAX = 4  # of the engine's own batch; larger ones take memory and were never seen to pay
@@ -74,6 +75,12 @@ class Search:
                 while (winner := self.race([best, *axis(best)], self._window_s)) != best:
                     best, still = winner, 0
         return best
+
+    def worth(self, best: Setting, start: Setting, window_s: float) -> Setting:
+        """`best`, if after longer measurements of both it is still worth leaving `start` for."""
+        winner = self.race([start, best] if best != start else [start], window_s)
+        ahead = self.trials[winner].rows_per_s > WORTH * self.trials[start].rows_per_s
+        return winner if ahead else start
 
     def race(self, field: Sequence[Setting], window_s: float) -> Setting:
         """The fastest of `field`, by measurements that last longer the fewer are left, until one is clearly ahead."""

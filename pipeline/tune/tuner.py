@@ -154,7 +154,7 @@ def _search(tuning: Tuning, limit_s: float) -> tuple[Setting, dict[Setting, Tria
     best = search.best(search.best(start, axes.coarse), axes.fine)
     # Of many short measurements the best is partly luck: what it won by must last.
     final = Search(tuning.measure, window_s, lambda: time.monotonic() > end_s - 4 * window_s, search.trials)
-    best = final.race([start, best] if best != start else [start], 3 * window_s)
+    best = final.worth(best, start, 3 * window_s)
     beside = None
     if tuning.kind == "gpu":
         with suppress(EngineUnavailable):
