@@ -138,6 +138,7 @@ class Lookup:
         self, centroids_ld: Vectors, lists: Sequence[Lists], map_2n: Keys, tail: Rows, scan: Scan, probed: int
     ) -> None:
         self._centroids, self._lists, self._scan = centroids_ld, list(lists), scan
+        self._centroid_codes, self._centroid_scales = encode(centroids_ld)  # half the bytes for each question to read
         self._starts = [one.starts.tolist() for one in self._lists]
         self._sizes = np.sum([np.diff(one.starts) for one in self._lists], axis=0)
         self._keys, self._rows = map_2n[0], map_2n[1]
@@ -179,11 +180,12 @@ class Lookup:
         """The k best live rows of the tail and of the lists that are looked at, with exact scores; best first, ties
         by row. None: too few rows live around the query, so only an exact search can tell."""
         check_query(query_d, self._scan.dim)
-        order = np.argsort(-score(self._centroids, query_d))
+        code_1d, scale = encode(query_d[None])
+        order = np.argsort(_products(self._centroid_codes, code_1d) * -self._centroid_scales)
         entries_before = np.cumsum(self._sizes[order])
         for probed in (self.probed, WIDER * self.probed):
             count = int(np.searchsorted(entries_before, probed)) + 1
-            rows = self._live_rows(query_d, order[:count], k)
+            rows = self._live_rows(query_d, code_1d, scale, order[:count], k)
             if rows is not None:
                 break
         else:
@@ -195,18 +197,16 @@ class Lookup:
         scores = score(self._scan.gather(rows), query_d)
         return top(np.concatenate([rows, tail[0]]), np.concatenate([scores, tail[1]]), k)
 
-    def _live_rows(self, query_d: Query, probed: Rows, k: int) -> Rows | None:
+    def _live_rows(self, query_d: Query, code_1d: Codes, scale: Scores, probed: Rows, k: int) -> Rows | None:
         """Live rows of the best entries of these lists: k and more, each once."""
         of_centroid = score(self._centroids[probed], query_d).tolist()
-        code_1d, scale = encode(query_d[None])
         keys_of: list[Keys] = []
         scores_of: list[Scores] = []
         for one, starts in zip(self._lists, self._starts, strict=True):
             for number, base in zip(probed.tolist(), of_centroid, strict=True):
                 part = slice(starts[number], starts[number + 1])
                 if part.start < part.stop:
-                    products = np.asarray(numkong.cdist(one.codes_nd[part], code_1d, "inner"))[:, 0]
-                    scores_of.append(products.astype(np.float32) * (one.scales[part] * scale) + base)
+                    scores_of.append(_products(one.codes_nd[part], code_1d) * (one.scales[part] * scale) + base)
                     keys_of.append(one.keys[part])
         if not keys_of:
             return None
@@ -227,3 +227,8 @@ class Lookup:
                 return rows
             wanted *= WIDER
         return None
+
+
+def _products(codes_nd: Codes, code_1d: Codes) -> Scores:
+    """(n,) inner products of codes with one."""
+    return np.asarray(numkong.cdist(codes_nd, code_1d, "inner"))[:, 0].astype(np.float32)
