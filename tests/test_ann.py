@@ -239,13 +239,7 @@ def test_a_night_makes_anew_what_cannot_be_read(tmp_path: Path, kind: str, caplo
 @pytest.mark.usefixtures("lists")
 def test_new_centroids_are_not_trained_in_vain(tmp_path: Path) -> None:
     looks = iter([False])  # then there is no time left
-    pictures = some(400)
-    with Store.open(tmp_path, SPACE, DIM) as index:
-        index.begin_run(PHOTOS)
-        index.observe([item(key, picture) for key, picture in pictures.items()])
-        index.finish_listing()
-        embed(index, pictures)
-        index.publish({}, {}, turn=Turn(lambda: next(looks, True)))
+    run(tmp_path, some(400), turn=Turn(lambda: next(looks, True)))
     entry = content(tmp_path)["ann"]
     assert sum(count for _, count in entry["tail"]) == 400 - ann.ASSIGN_ROWS
     assert_lists_answer(tmp_path)

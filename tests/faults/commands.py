@@ -6,6 +6,7 @@ import json
 import os
 import random
 import shutil
+from abc import ABC, abstractmethod
 from dataclasses import dataclass, field
 from pathlib import Path
 
@@ -15,15 +16,16 @@ from world import Shown, World
 
 
 @dataclass
-class Command:
+class Command(ABC):
     """Given on what `prepare` leaves, again after each fault."""
 
     name: str
     before: Shown = field(default_factory=dict)  # what readers see when it is given, and when it has done its work
     after: Shown = field(default_factory=dict)
 
+    @abstractmethod
     def prepare(self, world: World, resident: Resident, chance: random.Random) -> None:
-        raise NotImplementedError
+        """Make the state that it is given on, and know what readers see before and after."""
 
     def order(self, world: World, **disturbed: object) -> Order:
         return world.order(**disturbed)
