@@ -8,6 +8,7 @@ opened: answering a text query needs ONNX Runtime and no torch.
 from __future__ import annotations
 
 import logging
+import os
 from functools import lru_cache
 from importlib import import_module, metadata
 from pathlib import Path
@@ -21,6 +22,10 @@ from engines.hardware import host_id, physical_cores
 from engines.spec import Artifact, EngineCard, Precision, Tower
 
 log = logging.getLogger(__name__)
+
+# Else ONNX Runtime 1.31 keeps an id and a record of every session below ~/.cache/Microsoft, and sends them away.
+# It looks once, when it is loaded, and nothing here loads it before this package.
+os.environ.setdefault("ORT_DISABLE_TELEMETRY", "1")
 
 Device: TypeAlias = Literal["cpu", "gpu"]
 # Name -> "module:class", called with (card_path, card, threads, batch).
