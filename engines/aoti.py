@@ -22,6 +22,7 @@ import numpy.typing as npt
 
 from engines import EngineUnavailable
 from engines.spec import EngineCard, Precision
+from engines.turns import turn
 
 RUNS_PER_WORKER = 2  # in one batch, so that a worker that was held up leaves its second run to the others
 TORCH_DTYPES = {"float32": "float32", "int32": "int32", "bf16": "bfloat16", "fp32": "float32", "int8": "int8"}
@@ -145,7 +146,8 @@ class AotiCpuEngine:
         given = self._torch.tensor(source.ctypes.data, source.shape, self.card.input_dtype)  # the run consumes it
         made = c_void_p()
         run = self._model.AOTInductorModelContainerRun
-        self._checked(run(self._container, byref(given), c_size_t(1), byref(made), c_size_t(1), None, None))
+        with turn(self._team):
+            self._checked(run(self._container, byref(given), c_size_t(1), byref(made), c_size_t(1), None, None))
         ctypes.memmove(target.ctypes.data, self._torch.address(made), target.nbytes)
         self._torch.delete(made)
 

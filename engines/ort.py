@@ -23,6 +23,7 @@ import onnxruntime as ort
 
 from engines import EngineUnavailable
 from engines.spec import EngineCard
+from engines.turns import turn
 
 CPU_PROVIDER = "CPUExecutionProvider"
 RECORD_ASSIGNMENT = "session.record_ep_graph_assignment_info"
@@ -78,7 +79,8 @@ class OrtCpuEngine:
     def launch(self, slot: int, n: int) -> None:
         """Synchronous. Rows from `n` on keep what an earlier batch left there; no row depends on another."""
         self._rows[slot] = n
-        self._bound.run(slot)
+        with turn(self.card.threads):
+            self._bound.run(slot)
 
     def result(self, slot: int) -> npt.NDArray[np.float16]:
         return self._outputs[slot][: self._rows[slot]].astype(np.float16)

@@ -4,6 +4,8 @@
     decoder  decodes and preprocesses into a free engine buffer                       -> Batch with `slot`
     encoder  (the main thread) runs the engine, collects vectors, writes the shard    -> Done
 
+A fourth only hears: whatever the others are stuck in, the coordinator can say what it has to and see to the next lane.
+
 The loops are the same on every device: `pipeline.devices` gives them engine and stages. On a GPU, decoder and encoder
 only queue work, and the encoder waits once per batch, in `engine.result`. Queues are bounded and time both ends.
 """
@@ -26,14 +28,30 @@ from dataclasses import dataclass, field
 from multiprocessing.connection import Connection
 from typing import cast
 
+import msgspec
 import numpy as np
 import numpy.typing as npt
 
+from engines.hardware import physical_cores
+from engines.turns import share_cores
 from pipeline.batch import Batch, Failure
 from pipeline.child import die_with_parent
 from pipeline.devices import last_words, open_lane_engine, open_stages
 from pipeline.lanes import ENGINE_SLOTS_MAX, READ_THREADS, TICK_S, Board, LaneSpec
-from pipeline.messages import Broken, Chunk, Claim, Done, Message, Ready, Tick, Verdict, decode_order, encode, sayable
+from pipeline.messages import (
+    Broken,
+    Chunk,
+    Claim,
+    Done,
+    Message,
+    Order,
+    Ready,
+    Tick,
+    Verdict,
+    decode_order,
+    encode,
+    sayable,
+)  # fmt: skip
 from pipeline.posted_source import PostedSource
 from pipeline.reads import Read, Reader
 from pipeline.sources import Source
@@ -88,9 +106,12 @@ class LaneProcess:
         self.spec, self.conn, self.board = spec, conn, board
         self.send_lock = threading.Lock()
         self._watch_for_lost_threads()
+        if spec.kind == "cpu":
+            share_cores(max(physical_cores(), spec.engine_threads))  # bound to, or asked for
         self.engine = open_lane_engine(spec)
         assert self.engine.slots <= ENGINE_SLOTS_MAX
         self.stages = open_stages(spec, board, self.engine)
+        self.orders: queue.SimpleQueue[Order] = queue.SimpleQueue()  # two chunks and a verdict at most
         self.backlog: deque[Chunk] = deque()
         self.to_decode: queue.Queue[tuple[Work, Batch | None]] = queue.Queue(spec.lead_batches)
         self.to_encode: queue.Queue[tuple[Work, Batch | None]] = queue.Queue(self.engine.slots)
@@ -103,9 +124,13 @@ class LaneProcess:
         card = self.engine.card
         self.board.finish(0)
         self._send(Ready(f"{card.runtime} {card.precision}", card.rows_per_s, card.batch))
-        for loop in (self._read_loop, self._decode_loop):
+        for loop in (self._hear_loop, self._read_loop, self._decode_loop):
             threading.Thread(target=self._guarded, args=(loop,), daemon=True).start()
         self._guarded(self._encode_loop)
+
+    def _hear_loop(self) -> None:
+        while True:
+            self.orders.put(decode_order(self.conn.recv_bytes()))
 
     # ---- reader ----------------------------------------------------------------------------------------------------
 
@@ -156,14 +181,14 @@ class LaneProcess:
     def _next_chunk(self) -> Chunk | None:
         if self.backlog:
             return self.backlog.popleft()
-        message = decode_order(self.conn.recv_bytes())
+        message = self.orders.get()
         assert message is None or isinstance(message, Chunk), f"expected a chunk, got {message!r}"
         if message is None:
             os._exit(0)  # all chunks are done: the coordinator only asks then
         return message
 
     def _await_verdict(self) -> Verdict:
-        while not isinstance(order := decode_order(self.conn.recv_bytes()), Verdict):
+        while not isinstance(order := self.orders.get(), Verdict):
             assert order is not None, "told to leave with a chunk in hand"
             self.backlog.append(order)
         return order
@@ -209,6 +234,7 @@ class LaneProcess:
                 continue
             if batch is not None:
                 if self.board.stopped:
+                    self.free_slots.put(batch.slot)  # the decoder may wait for one, and the chunk's end is behind it
                     continue
                 self.engine.launch(batch.slot, len(batch.ids))
             running.append((work, batch))
@@ -257,7 +283,7 @@ class LaneProcess:
                 {"space": self.spec.space, "engine": self.engine.card.identity},
             )
         self._report_tick()
-        self._send(Done(work.chunk.number, shard, work.outcomes, work.decoders))
+        self._send(Done(work.chunk.number, shard, _copies_settled(work.outcomes), work.decoders))
 
     # ---- all -------------------------------------------------------------------------------------------------------
 
@@ -298,6 +324,20 @@ class LaneProcess:
 
 def _batch(rows: list[tuple[int, bytes]]) -> Batch:
     return Batch(ids=np.array([row_id for row_id, _ in rows], np.int64), encoded=[encoded for _, encoded in rows])
+
+
+def _copies_settled(outcomes: list[Outcome]) -> list[Outcome]:
+    """A copy of what failed in the same chunk fails likewise: ten thousand equal error pages are looked at once, not
+    once in each of as many passes. What could not be computed for the host's sake is tried again.
+    """
+    failed = {one.content_hash: one for one in outcomes if one.status == "quarantined" and one.reason != "read_error"}
+    failed.pop(None, None)
+    return [
+        msgspec.structs.replace(failed[one.content_hash], id=one.id)
+        if one.status == "copied" and one.content_hash in failed
+        else one
+        for one in outcomes
+    ]
 
 
 def _groups(rows: list[PendingItem], size: int) -> Iterator[list[PendingItem]]:

@@ -309,7 +309,10 @@ class Sharing:
                 self.crashed_reads[_container(row)] += 1
             reason: Reason = "timeout" if dead.hung else "decoder_crash"
             words = f"took its {'reader' if reading else 'decoder'} process down twice, the second time alone"
-            if dead.hung == "read" or dead.killed:  # the host is to blame: it is tried again in the next run
+            decoding = any(first <= row.id <= last for first, last in dead.board.in_hand())
+            if not decoding:
+                words = "the engine died twice with it, the second time with it alone, after it was decoded"
+            if dead.hung == "read" or dead.killed or not decoding:  # not the picture: it is tried again in the next run
                 reason = "read_error"
             if dead.killed:
                 words += "; no crash, it was killed, mostly for want of memory: see the system log"

@@ -53,8 +53,8 @@ class Setting:
 def default_setting(kind: Device, lanes: int, cores: int) -> Setting:
     """For a lane that has `cores` of the host's cores: as many threads of either kind.
 
-    Decoding and encoding share them, whichever has work: how long a picture takes to decode is only known when the
-    user's own have been seen, and a thread that waits costs nothing.
+    Decoding and encoding take turns on them (`engines.turns`), whichever has work: how long a picture takes to decode
+    is only known when the user's own have been seen, and a thread that waits costs nothing.
     """
     return Setting(lanes, engine_threads=cores, decode_threads=cores, lead_batches=LEAD_BATCHES[kind])
 

@@ -14,6 +14,7 @@ import numpy as np
 import numpy.typing as npt
 
 from engines.spec import Preprocess
+from engines.turns import turn
 from pipeline.batch import BadImage, Batch, Failure, Mark, Posted
 from pipeline.decode_cpu import decode
 from pipeline.resize_cpu import resize_crop
@@ -68,11 +69,12 @@ class CpuStages:
             if row in batch.failed:  # nothing was read
                 out_nchw[row] = 0
                 continue
-            if self.posted is not None:
-                self.posted.start(worker, int(batch.ids[row]), DEADLINE_S)
-            done.append(self._row(row, batch.encoded[row], out_nchw[row]))
-            if self.posted is not None:
-                self.posted.finish(worker)
+            with turn():
+                if self.posted is not None:
+                    self.posted.start(worker, int(batch.ids[row]), DEADLINE_S)
+                done.append(self._row(row, batch.encoded[row], out_nchw[row]))
+                if self.posted is not None:
+                    self.posted.finish(worker)
         return done
 
     def _row(self, row: int, encoded: bytes, out_chw: npt.NDArray[np.float32]) -> RowResult:

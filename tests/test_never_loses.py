@@ -58,9 +58,10 @@ def test_second_run_does_nothing_and_says_so(undisturbed: Path, photos: Path, ti
     assert vectors_by_key(undisturbed) == before
 
 
-def start(root: Path, out: Path, *args: object) -> subprocess.Popen[str]:
-    command = ["-m", "pipeline.index", "--source", "folder", "--root", str(root), "--out", str(out), *map(str, args)]
-    return subprocess.Popen([sys.executable, *command], stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True)
+def start(root: Path, out: Path, *args: object, env: dict[str, str] | None = None) -> subprocess.Popen[str]:
+    words = ["-m", "pipeline.index", "--source", "folder", "--root", str(root), "--out", str(out), *map(str, args)]
+    pipe, env = subprocess.PIPE, {**os.environ, **(env or {})}
+    return subprocess.Popen([sys.executable, *words], stdout=pipe, stderr=pipe, text=True, env=env)
 
 
 def wait_for_words(child: subprocess.Popen[str], words: str) -> None:

@@ -6,7 +6,10 @@ import heapq
 import json
 import math
 import os
+import re
 import shutil
+import signal
+import time
 from itertools import pairwise
 from pathlib import Path
 from typing import NamedTuple
@@ -17,10 +20,14 @@ from hypothesis import strategies as st
 from pictures import noisy_jpeg, write_folder
 from runs import index, quarantine, vectors_by_key
 
+from pipeline.config import parse_index
 from pipeline.cores import Core, divide, nodes, usable_cores
-from pipeline.scheduler import CHUNKS_PER_LANE
+from pipeline.index import run
+from pipeline.lanes import STOP_GRACE_S
+from pipeline.scheduler import CHUNKS_PER_LANE, Sharing
 from pipeline.shares import POLICIES, Pace, split
-from tests.test_never_loses import assert_adds_up
+from pipeline.stop import Stop
+from tests.test_never_loses import assert_adds_up, start
 
 HERE = Path(__file__).parent
 
@@ -271,3 +278,62 @@ def test_a_source_that_never_answers_ends_the_run(tmp_path: Path, tiny_model: Pa
     ran = index(tmp_path / "photos", tmp_path / "index", "--model", tiny_model, env=env)
     assert ran.code == 1
     assert "is it there, and does it answer?" in ran.report["error"]
+
+
+def test_a_mount_that_goes_away_does_not_stop_who_watches_for_it(tmp_path: Path, tiny_model: Path) -> None:
+    """Chunks of some 300 KB, more than a pipe holds: the coordinator sends the next one to a lane that is stuck."""
+    deep = tmp_path.joinpath("photos", *["long name " * 20] * 8)
+    paths = write_folder(deep, 400)
+    first = sorted(paths)[8]  # of the second chunk, when the first has not been done
+    first.write_bytes(noisy_jpeg(1000) + b"READ-HANG")
+    env = fakes(tmp_path, read_deadline_s=3.0, batch=4, rows_per_s={"cpu/0": 100})
+    ran = index(tmp_path / "photos", tmp_path / "index", "--model", tiny_model, env=env)
+    assert ran.code == 0, ran.stderr
+    assert_adds_up(ran)
+    assert list(quarantine(tmp_path / "index").values()) == ["read_error"]
+
+
+def test_equal_files_that_do_not_decode_are_looked_at_a_few_times(
+    tmp_path: Path, tiny_model: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """A crawl saves its error page ten thousand times: not one pass over all that are left for each of some of them."""
+    for path in write_folder(tmp_path / "photos", 310)[10:]:
+        path.write_bytes(b"<html>403</html>")
+    passes, another_pass = [], Sharing._another_pass
+
+    def counted(sharing: Sharing) -> bool:
+        passes.append(sharing.left)
+        return another_pass(sharing)
+
+    monkeypatch.setattr(Sharing, "_another_pass", counted)
+    options = ["--source", "folder", "--root", str(tmp_path / "photos"), "--out", str(tmp_path / "index")]
+    report = run(parse_index([*options, "--model", str(tiny_model)]), Stop())
+    assert (report.embedded, report.quarantined) == (10, 300)
+    assert set(quarantine(tmp_path / "index").values()) == {"not_an_image"}
+    assert len(passes) <= 6
+
+
+def test_an_engine_that_dies_condemns_no_picture(tmp_path: Path, tiny_model: Path) -> None:
+    """Pictures are being decoded when it dies, so they are tried alone: then it dies with nothing being decoded."""
+    write_folder(tmp_path / "photos", 12)
+    env = fakes(tmp_path, batch=2, decode_s=0.2, engine_dies_s=0.1)
+    ran = index(tmp_path / "photos", tmp_path / "index", "--model", tiny_model, env=env)
+    assert ran.code == 1
+    assert re.search("[1-9] of them alone", ran.stderr), "it died before anything was decoded"
+    assert "a fault of the engine" in ran.report["error"]
+    assert set(quarantine(tmp_path / "index").values()) <= {"read_error"}, "not tried again by the next run"
+
+
+def test_a_stop_while_a_slow_disk_writes_a_shard_takes_no_grace(tmp_path: Path, tiny_model: Path) -> None:
+    """All buffers are full then and wait for the engine, which drops them: the decoder has to get one back."""
+    write_folder(tmp_path / "photos", 200)
+    env = fakes(tmp_path, batch=4, write_s=2.0)
+    child = start(tmp_path / "photos", tmp_path / "index", "--model", tiny_model, env=env)
+    while len(list(tmp_path.glob("writing-*"))) < 2 and child.poll() is None:
+        time.sleep(0.01)
+    time.sleep(1)
+    child.send_signal(signal.SIGINT)
+    start_s = time.monotonic()
+    child.communicate(timeout=60)
+    assert child.returncode == 130
+    assert time.monotonic() - start_s < STOP_GRACE_S / 2

@@ -5,6 +5,9 @@
                                                 their CPUs are in there-*
      "nan_every": 40,                           every so many rows have no finite vector
      "read_deadline_s": 3,                      of one picture's bytes
+     "decode_s": 0.2,                           more than it takes, for each picture
+     "engine_dies_s": 0.1,                      after its first batch
+     "write_s": 2,                              of a shard, beside which `writing` appears
      "memory_bytes": 300000000}                 of this host
 
 A picture whose bytes end with READ-ABORT takes the process down when it is read, READ-HANG never comes back.
@@ -12,6 +15,8 @@ A picture whose bytes end with READ-ABORT takes the process down when it is read
 
 import json
 import os
+import signal
+import threading
 import time
 from pathlib import Path
 from typing import Any
@@ -19,12 +24,15 @@ from typing import Any
 import numpy as np
 
 import pipeline.lanes
+import pipeline.stages_cpu
+import pipeline.store
 from pipeline import devices
 from pipeline.sources import folder
 
 HOME = Path(os.environ["FAKE_LANES"]).parent
 ORDERS: dict[str, Any] = json.loads(Path(os.environ["FAKE_LANES"]).read_text())
 open_lane_engine, read = devices.open_lane_engine, folder.Folder.read
+decode, write_shard = pipeline.stages_cpu.decode, pipeline.store.write_shard
 
 if "read_deadline_s" in ORDERS:
     pipeline.lanes.READ_DEADLINE_S = ORDERS["read_deadline_s"]
@@ -53,6 +61,9 @@ class FakeEngine:
             self.done_s[slot] = self.free_s
         self.rows += n
         self.inside.launch(slot, n)
+        if "engine_dies_s" in ORDERS:
+            threading.Timer(ORDERS["engine_dies_s"], os.kill, (os.getpid(), signal.SIGSEGV)).start()
+            time.sleep(60)
 
     def result(self, slot: int) -> Any:
         emb_nd = self.inside.result(slot)
@@ -88,5 +99,18 @@ def read_fake(self: Any, locator: bytes, size_bytes: int) -> bytes:
     return encoded
 
 
+def decode_slowly(*args: Any) -> Any:
+    time.sleep(ORDERS.get("decode_s", 0))
+    return decode(*args)
+
+
+def write_slowly(path: Path, *args: Any) -> Any:
+    if "write_s" in ORDERS:
+        (HOME / f"writing-{path.stem}").touch()
+        time.sleep(ORDERS["write_s"])
+    return write_shard(path, *args)
+
+
+pipeline.stages_cpu.decode, pipeline.store.write_shard = decode_slowly, write_slowly
 devices.open_lane_engine = open_fake
 folder.Folder.read = read_fake  # type: ignore[method-assign]
