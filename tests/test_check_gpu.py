@@ -10,6 +10,7 @@ import re
 import subprocess
 import sys
 import time
+import tomllib
 from pathlib import Path
 from typing import Any
 
@@ -347,3 +348,11 @@ def test_a_check_that_is_ended_early_leaves_what_is_done_and_nobody_behind(tmp_p
     rows = {row["name"]: row for row in json.loads(written.read_text())["checks"]}
     assert rows["good"]["status"] == "pass"
     assert (rows["late"]["status"], rows["late"]["answer"]) == ("not run", "not reached before it was ended")
+
+
+def test_a_checkout_that_was_never_installed_compiles_the_same_image_stage() -> None:
+    """Bits depend on the flags (contracted products)."""
+    root = Path(__file__).parents[1]
+    (module,) = tomllib.loads((root / "pyproject.toml").read_text())["tool"]["setuptools"]["ext-modules"]
+    line = next(line for line in (root / "Makefile").read_text().splitlines() if line.startswith("\t-cc "))
+    assert set(module["extra-compile-args"]) < set(line.split())

@@ -110,7 +110,8 @@ def row_pitch(job: Job) -> Finding:
         (decoded,) = rig.decode([jpeg(width, 250, seed=width)])
         (image,) = rig.images([decoded])
         strides[str(width)] = [int(step) for step in decoded.strides]
-        if not np.array_equal(np.array(image.cpu()), rig.to_host(decoded)):
+        host = rig.to_host(decoded)  # waits for the decoder; `cpu` copies on a stream that nothing orders after it
+        if not np.array_equal(np.array(image.cpu()), host):
             differ.append(width)
     answer = f"row strides {strides}; pixels differ at widths {differ or 'none'}"
     return Finding(not differ, answer, {"strides": strides, "differ": differ})
