@@ -138,7 +138,9 @@ def choose(
             fit.append((path, card))
     if not fit:
         reasons = "; ".join(refused) or "none was built"
-        line = f"make engines MODEL={artifact.spec.model}" + (f" RUNTIME={runtime}" if runtime != "auto" else "")
+        named = {"RUNTIME": runtime, "PRECISION": precision}
+        words = "".join(f" {name}={value}" for name, value in named.items() if value != "auto")
+        line = f"make engines MODEL={artifact.spec.model}{words}"
         wish = f"runtime {runtime}, precision {precision}"
         raise EngineUnavailable(f"no {tower} engine for {wish}: {reasons}. Run: {line}")
     path, card = fit[0]

@@ -1,8 +1,10 @@
-"""What a person sees of a run: a bar on a terminal, one plain line per second elsewhere. All of it on stderr."""
+"""What a person sees of a run: a bar on a terminal, plain lines elsewhere. All of it on stderr."""
 
 from __future__ import annotations
 
 import sys
+from datetime import timedelta
+from time import monotonic
 from types import TracebackType
 
 from rich.console import Console
@@ -21,12 +23,15 @@ from pipeline.lanes import Lane
 from pipeline.messages import Tick
 from pipeline.scheduler import Totals
 
+LINE_S_MIN, LINE_S_MAX = 1.0, 60.0  # between lines, growing with the run: a night leaves hundreds of them in a log
+
 
 class Display:
     """Shows `total` rows going by; silent with `quiet`."""
 
     def __init__(self, total: int, *, quiet: bool) -> None:
         self.total, self.done = total, 0
+        self.start_s = self.line_s = monotonic()
         self.lines = not quiet and not sys.stderr.isatty()
         self.bar = Progress(
             TextColumn("[bold]embedding"), BarColumn(), MofNCompleteColumn(), TimeRemainingColumn(),
@@ -48,8 +53,15 @@ class Display:
             f"waits: decode {tick.decode_wait_s:.2f} s, engine {tick.encode_wait_s:.2f} s -> {tick.bound} bound"
         )
         self.bar.update(self.task, completed=self.done, status=status)
-        if self.lines:
-            print(f"{self.done:,}/{self.total:,}  {status}", file=sys.stderr, flush=True)
+        now_s = monotonic()
+        if self.lines and now_s >= self.line_s:
+            self.line_s = now_s + min(LINE_S_MAX, max(LINE_S_MIN, now_s - self.start_s))
+            print(f"{self._so_far(now_s)}  {status}", file=sys.stderr, flush=True)
+
+    def _so_far(self, now_s: float) -> str:
+        left_s = (now_s - self.start_s) * (self.total - self.done) / max(1, self.done)
+        left = timedelta(seconds=round(max(0.0, left_s)))
+        return f"{self.done:,}/{self.total:,}  {100 * self.done / self.total:.0f} %, {left} left"
 
 
 class TransferBar:

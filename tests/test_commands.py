@@ -4,19 +4,27 @@ from __future__ import annotations
 
 import json
 import os
+import re
 import shutil
 import subprocess
 import sys
 from pathlib import Path
+from types import SimpleNamespace
+from typing import cast
 
 import pytest
 from pictures import noisy_jpeg, write_folder
 from PIL import Image
 from runs import index, run_module
 
+from pipeline import progress
 from pipeline.config import index_parser
 from pipeline.duration import parse_duration, words
+from pipeline.lanes import Lane
+from pipeline.messages import Tick
 from pipeline.nightly.night import nightly_parser
+from pipeline.progress import Display
+from pipeline.scheduler import Totals
 from pipeline.search.config import search_parser
 from pipeline.status import status_parser
 
@@ -169,6 +177,23 @@ def test_what_is_no_duration_is_refused(text: str) -> None:
         parse_duration(text)
 
 
+def test_a_night_leaves_hundreds_of_lines_and_each_says_how_long_it_takes(
+    monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    clock = [0.0]
+    monkeypatch.setattr(progress, "monotonic", lambda: clock[0])
+    display, lane = Display(6 * 3600 * 100, quiet=False), SimpleNamespace(spec=SimpleNamespace(name="cpu/0"))
+    for second in range(1, 6 * 3600 + 1):
+        clock[0] = second
+        display.tick(cast(Lane, lane), Tick(rows=100, seconds=1.0), Totals())
+    lines = capsys.readouterr().err.splitlines()
+    assert 300 < len(lines) < 400
+    assert lines[0].startswith("100/2,160,000  0 %, 5:59:59 left  cpu/0 100.0 img/s")
+    halves = [line for line in lines if " 50 %, " in line]
+    assert halves
+    assert all(re.search(r", (2:5\d|3:0\d):\d\d left", line) for line in halves)
+
+
 def test_a_named_runtime_that_was_not_built_is_an_error(tiny_model: Path, tmp_path: Path) -> None:
     write_folder(tmp_path / "photos", 2)
     ran = index(tmp_path / "photos", tmp_path / "index", "--model", tiny_model, "--runtime", "aoti-cpu")
@@ -207,6 +232,8 @@ def test_search_by_picture_finds_the_picture(tiny_model: Path, tmp_path: Path) -
     best = json.loads(ran.stdout)["hits"][0]
     assert best["key"] == "odd/00005.jpg"
     assert best["score"] > 0.999
-    none = run_module("pipeline.search", "--image", query, "--out", tmp_path / "index", "--threshold", 1.5)
-    assert none.code == 0
-    assert "nothing" in none.stdout
+    none = run_module("pipeline.search", "--image", query, "--out", tmp_path / "index", "-k", 1, "--label", "even",
+        "--threshold", 1,
+    )  # fmt: skip
+    assert (none.code, none.stdout) == (0, "")
+    assert "nothing at or above" in none.stderr

@@ -235,6 +235,8 @@ def test_a_damaged_library_is_refused(editable: Artifact) -> None:
 def test_what_was_not_built_is_an_error_with_the_command(artifact: Artifact) -> None:
     with pytest.raises(EngineUnavailable, match=r"none was built\. Run: make engines MODEL=\S+/tiny RUNTIME=aoti-cpu"):
         open_engine(artifact, "text", "aoti-cpu")
+    with pytest.raises(EngineUnavailable, match=r"Run: make engines MODEL=\S+/tiny PRECISION=fp16"):
+        open_engine(artifact, "vision", precision="fp16")
     with pytest.raises(EngineUnavailable, match="unknown runtime 'openvino'; known: auto, ort-cpu, aoti-cpu"):
         open_engine(artifact, "text", "openvino")
 
