@@ -8,11 +8,12 @@ from engines import EngineUnavailable
 from engines.spec import ArtifactMissing
 from pipeline.batch import DeviceUnavailable
 from pipeline.config import UsageError
-from pipeline.exits import FAILED, LOCKED, MANY_DELETED, USAGE
+from pipeline.exits import DAMAGED, FAILED, LOCKED, MANY_DELETED, USAGE
 from pipeline.scheduler import LaneFailed, LaneRefused
 from pipeline.sources import SourceError
 from pipeline.sources.download import DownloadError
 from pipeline.store import Locked, StoreError
+from pipeline.store.check_shown import ShownDamaged
 
 
 class TooManyDeletions(Exception):
@@ -31,6 +32,8 @@ def exit_code(error: BaseException) -> int:
     match error:
         case Locked():
             return LOCKED
+        case ShownDamaged():
+            return DAMAGED
         case TooManyDeletions():
             return MANY_DELETED
         case UsageError() | SourceError() | ArtifactMissing() | DeviceUnavailable() | EngineUnavailable():

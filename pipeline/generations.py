@@ -17,12 +17,12 @@ import time
 from dataclasses import asdict, dataclass
 from pathlib import Path
 
-from rich.console import Console
-from rich.table import Table
+from rich.table import Column
 
 from pipeline.config import UsageError, only_index_here
 from pipeline.exits import DONE, FAILED, LOCKED, USAGE
 from pipeline.store import Locked, NoIndex, StoreError, show_generation
+from pipeline.terminal import print_table, printable, reader_may_leave
 
 log = logging.getLogger("nightjar")
 EXAMPLES = """examples:
@@ -41,6 +41,7 @@ class Kept:
     model: str
     data_bytes: int  # of the files it names; generations share most of them
     shown: bool
+    damaged: bool = False  # its generation.json cannot be read: nothing else is known of it
 
 
 def kept_generations(index: Path) -> list[Kept]:
@@ -55,21 +56,25 @@ def kept_generations(index: Path) -> list[Kept]:
     shown = os.readlink(current).rpartition("/")[2]
     kept = []
     for home in sorted((index / "generations").iterdir(), key=lambda home: (len(home.name), home.name)):
+        if not home.name.isdecimal():
+            continue  # being written
         try:
-            text = (home / "generation.json").read_text(encoding="utf-8")
+            text = (home / "generation.json").read_bytes()
+            published = time.strftime("%Y-%m-%d %H:%M", time.localtime((home / "generation.json").stat().st_mtime))
         except FileNotFoundError:
-            continue  # being written, or pruned between two looks
-        content = json.loads(text)
-        kept.append(
-            Kept(
-                number=content["number"],
-                published=time.strftime("%Y-%m-%d %H:%M", time.localtime((home / "generation.json").stat().st_mtime)),
-                rows=content["rows"],
-                model=content["spec"]["model"],
-                data_bytes=sum(file["bytes"] for file in [*content["files"], content["index"]]),
-                shown=home.name == shown,
-            )
-        )
+            continue  # pruned between two looks
+        try:
+            content = json.loads(text)
+            rows, model = content["rows"], content["spec"]["model"]
+            data_bytes = sum(file["bytes"] for file in [*content["files"], content["index"]])
+            one = Kept(int(home.name), published, rows, model, data_bytes, home.name == shown)
+        except (ValueError, KeyError, TypeError):
+            one = Kept(int(home.name), published, 0, "", 0, home.name == shown, damaged=True)
+            log.warning(
+                "generation %d is damaged, its generation.json cannot be read: python -m pipeline.verify --repair "
+                "--out %s", one.number, printable(str(index)),
+            )  # fmt: skip
+        kept.append(one)
     return kept
 
 
@@ -94,10 +99,11 @@ def main(argv: list[str] | None = None) -> int:
         return _fail(LOCKED, error)
     except (StoreError, OSError, sqlite3.Error) as error:
         return _fail(FAILED, error)
-    if args.json:
-        print(json.dumps({"index": str(index), "generations": [asdict(one) for one in kept]}))
-    else:
-        _print(index, kept)
+    with reader_may_leave():
+        if args.json:
+            print(json.dumps({"index": str(index), "generations": [asdict(one) for one in kept]}))
+        else:
+            _print(index, kept)
     return DONE
 
 
@@ -110,17 +116,20 @@ def _wanted(text: str) -> int | None:
 
 
 def _print(index: Path, kept: list[Kept]) -> None:
-    table = Table(title=str(index))
-    for name in ("", "generation", "published", "pictures", "model", "data"):
-        table.add_column(name, justify="right" if name in ("generation", "pictures", "data") else "left")
-    for one in kept:
-        mark, size = "shown" if one.shown else "", f"{one.data_bytes / 1e6:,.1f} MB"
-        table.add_row(mark, str(one.number), one.published, f"{one.rows:,}", one.model, size)
-    Console().print(table)
+    columns = [
+        Column("generation", justify="right"), Column("published"), Column("pictures", justify="right"),
+        Column("data", justify="right"), Column("model", overflow="fold"), Column(""), Column(""),
+    ]  # fmt: skip
+    rows = [
+        [str(one.number), one.published, f"{one.rows:,}", f"{one.data_bytes / 1e6:,.1f} MB", one.model,
+         *["shown"] * one.shown, *["damaged"] * one.damaged]
+        for one in kept
+    ]  # fmt: skip
+    print_table(columns, rows, title=str(index))
 
 
 def _fail(code: int, error: Exception) -> int:
-    log.error("error: %s", error)
+    log.error("error: %s", printable(str(error)))
     return code
 
 

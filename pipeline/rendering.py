@@ -1,6 +1,7 @@
 """A picture as it is shown to people: a small one, encoded anew, never a byte of the original.
 
-For confined child processes alone (see `pipeline.child`): what is shown may be what no decoder could read.
+For confined child processes (see `pipeline.child`), for what is shown may be what no decoder could read; and for the
+contact sheet of a person's own question, whose pictures were decoded for the index by the same code.
 """
 
 from __future__ import annotations

@@ -49,7 +49,7 @@ def test_arrow_and_parquet_have_every_row_that_passes(where: Where, index: Index
     parts = list(batches(index, where, rows_max=70))
     assert all(part.num_rows <= 70 for part in parts)
     check(index, pa.Table.from_batches(parts), keys)
-    assert to_parquet(index, tmp_path / "rows.parquet", where) == len(keys)
+    assert to_parquet(index, str(tmp_path / "rows.parquet"), where) == len(keys)
     check(index, pq.read_table(tmp_path / "rows.parquet"), keys)
 
 
@@ -64,11 +64,11 @@ def test_usearch_and_faiss_find_what_the_index_finds(index: Index, tmp_path: Pat
     from pipeline.search.usearch_lib import Index as UsearchIndex
 
     want = index.search(QUERY, 9, where=WHERE)
-    assert to_usearch(index, tmp_path / "rows.usearch", WHERE) == want.total
+    assert to_usearch(index, str(tmp_path / "rows.usearch"), WHERE) == want.total
     found = UsearchIndex.restore(tmp_path / "rows.usearch").search(QUERY, 9)
     np.testing.assert_array_equal(found.keys.astype(np.int64), want.rows)
     faiss = pytest.importorskip("faiss", reason="faiss-cpu is not installed: make test brings it")
-    assert to_faiss(index, tmp_path / "rows.faiss", WHERE) == want.total
+    assert to_faiss(index, str(tmp_path / "rows.faiss"), WHERE) == want.total
     scores, rows = faiss.read_index(str(tmp_path / "rows.faiss")).search(QUERY[None].astype(np.float32), 9)
     np.testing.assert_array_equal(rows[0], want.rows)
     np.testing.assert_allclose(scores[0], want.scores, atol=2e-3)

@@ -14,6 +14,7 @@ from pictures import write_folder
 from runs import index, run_module
 from store_model import DIM, PHOTOS, SPACE, embed, item, vector_of
 
+from pipeline.generations import main
 from pipeline.model_change import compare_models
 from pipeline.store import Generation, Scope, Store
 from pipeline.store.files import take_lock
@@ -74,6 +75,41 @@ def test_a_roll_back_stays_until_told_otherwise(out: Path) -> None:
     assert keys(out) == set(some(8))
     night(out, some(9))
     assert keys(out) == set(some(9))
+
+
+def test_kept_generations_are_a_table_for_people_and_lines_for_programs(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    model, out = "/a/long/folder" * 9, tmp_path / "o[/red]\x1b[2J"
+    for count in (1, 2):
+        night(out, some(count), space=model)
+    assert main(["--out", str(out)]) == 0
+    lines = [line.split("\t") for line in capsys.readouterr().out.splitlines()]
+    assert [(line[0], line[2], *line[4:]) for line in lines] == [("1", "1", model), ("2", "2", model, "shown")]
+    monkeypatch.setattr("sys.stdout.isatty", lambda: True)
+    assert main(["--out", str(out)]) == 0
+    shown = capsys.readouterr().out
+    assert "o[/red]\\x1b[2J" in shown
+    assert "generation" in shown
+    assert model in "".join(shown.split()), "folded, not cut"
+
+
+@pytest.mark.parametrize("content", ["garbage", "[]", "{}", b"\xff"])
+def test_a_generation_that_is_damaged_is_listed_and_rolled_back_from(out: Path, content: str | bytes) -> None:
+    for count in (3, 4):
+        night(out, some(count))
+    (out / "generations/2/generation.json").write_bytes(content.encode() if isinstance(content, str) else content)
+    ran = generations(out)
+    assert (ran.code, [line.split("\t")[0::5] for line in ran.stdout.splitlines()]) == (
+        0, [["1"], ["2", "shown"]],
+    ), ran.stderr  # fmt: skip
+    assert ran.stdout.rstrip().endswith("damaged")
+    assert f"python -m pipeline.verify --repair --out {out}" in ran.stderr
+    assert run_module("pipeline.status", "--out", out).code == 0
+    assert generations(out, "--show", "1").code == 0
+    assert keys(out) == set(some(3))
+    (_, damaged) = json.loads(generations(out, "--json").stdout)["generations"]
+    assert (damaged["number"], damaged["shown"], damaged["damaged"]) == (2, False, True)
 
 
 def test_a_killed_roll_back_is_finished_by_the_next_run(out: Path) -> None:
@@ -189,6 +225,10 @@ def test_a_model_change_is_in_the_report(tmp_path: Path, tiny_model: Path) -> No
     for name, first_seed in (("here", 0), ("there", 12)):
         write_folder(tmp_path / name, 12, first_seed=first_seed)
         assert index(tmp_path / name, tmp_path / "index", "--model", tiny_model).code == 0
+    unnamed = index(tmp_path / "here", tmp_path / "index", env={"NIGHTJAR_MODEL": str(second)})
+    assert unnamed.code == 2
+    assert f"holds vectors of {tiny_model}" in unnamed.report["error"]
+    assert f"--model {second} to replace it" in unnamed.report["error"]
     half = index(tmp_path / "here", tmp_path / "index", "--model", second)
     assert (half.code, half.report["generation"], half.report["embedded"]) == (0, None, 12), half.stderr
     assert "12 pictures have no vector of this model yet" in half.stderr

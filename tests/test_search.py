@@ -3,8 +3,12 @@
 from __future__ import annotations
 
 import datetime
+import errno
 import io
 import json
+import re
+import subprocess
+import sys
 from collections import Counter
 from collections.abc import Callable, Iterator
 from fnmatch import fnmatchcase
@@ -12,12 +16,16 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
+import numpy.typing as npt
+import pillow_heif
 import pytest
 from pictures import write_folder
+from PIL import Image
 from runs import index as run_index
-from store_model import run, vector_of
+from store_model import DIM, SPACE, run, vector_of
 
-from pipeline.search import Index, Query, QueryError, Term, Where, columns, relevance
+from pipeline.contact_sheet import CAPTION_PX, CELL_PX, GAP_PX, PAPER, Cell, contact_sheet
+from pipeline.search import Index, Query, QueryError, Term, UnknownName, Where, columns, relevance
 from pipeline.search.command import main
 from pipeline.store import generation
 
@@ -140,6 +148,8 @@ def test_what_is_described_belongs_to_its_row(index: Index) -> None:
         (Where(taxon="northern cardnal"), "Northern Cardinal"),
         (Where(label="Ardea"), "Ardea cinerea"),
         (Where(licence="WTFPL 2.0 or so"), "there are e.g. CC BY"),
+        (Where(taxon="alba"), "near it: Morus alba"),
+        (Where(label="cinerea-ardea"), "Ardea cinerea"),
         (Where(values=(("colour", "red"),)), "no metadata column 'colour'; it has: class, common_name"),
         (Where(values=(("stars", "many"),)), "'many' is none"),
     ],
@@ -153,10 +163,31 @@ def test_an_index_without_the_column_says_so(tmp_path: Path) -> None:
     run(tmp_path / "index", {"a.jpg": b"a", "b.jpg": b"b"})
     with Index.open(tmp_path / "index") as index:
         assert index.facet_columns == []
-        for where in (Where(label="x"), Where(taxon="x"), Where(licence="x"), Where(date=("2019", None)),
-                      Where(box=(0, 0, 1, 1))):  # fmt: skip
-            with pytest.raises(QueryError, match=r"no metadata column .* it has: none"):
+        for name, where in (
+            ("label", Where(label="x")), ("taxon", Where(taxon="x")), ("licence", Where(licence="x")),
+            ("date", Where(date=("2019", None))), ("box", Where(box=(0, 0, 1, 1))),
+        ):  # fmt: skip
+            with pytest.raises(QueryError, match=f"for the filter '{name}'; it can be filtered by: key; .* none"):
                 index.search(QUERY, where=where)
+        with pytest.raises(QueryError, match="for the filter 'taxon'"):
+            index.facets(fields=["taxon"])
+
+
+def test_a_part_of_a_name_finds_the_names_that_have_it(tmp_path: Path) -> None:
+    fruit = ["Apple__Golden-Delicious", "Apple__Granny-Smith", "Apple__Pink-Lady", "Apple__Red-Delicious", "Banana",
+             "Lime", "Melon__Honeydew", "Pear__Anjou", "Papaya"]  # fmt: skip
+    keys = [f"{number}.jpg" for number in range(len(fruit))]
+    metadata = {key: {"label": f"Fruit__{name}"} for key, name in zip(keys, fruit, strict=True)}
+    run(tmp_path / "index", {key: key.encode() for key in keys}, metadata=metadata)
+    with Index.open(tmp_path / "index") as index:
+        for asked, near in (
+            ("pink-lady", ["Fruit__Apple__Pink-Lady"]), ("PinkLady", ["Fruit__Apple__Pink-Lady"]),
+            ("pink laddy", ["Fruit__Apple__Pink-Lady"]), ("papya", ["Fruit__Papaya"]),
+            ("apple", [f"Fruit__{name}" for name in fruit[:4]]),
+        ):  # fmt: skip
+            with pytest.raises(UnknownName) as error:
+                index.search(QUERY, where=Where(label=asked))
+            assert str(error.value).partition("near it: ")[2].split(", ")[: len(near)] == near, asked
 
 
 def test_facets_count_what_passes(opened: Index) -> None:
@@ -254,15 +285,58 @@ def test_relevance_is_the_same_in_every_run_and_does_not_hang_on_filters(
     np.testing.assert_array_equal(found.relevance[at], some.relevance)
 
 
+def test_a_picture_stands_out_where_all_pictures_are_alike(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """As pictures of one kind are for CLIP: cosines of .5 to .99 with each other."""
+    common = vector_of(b"what they share").astype(np.float32)
+
+    def alike(content: bytes, space: str = SPACE) -> npt.NDArray[np.float16]:
+        share = 1 + 2 * (content[-1] % 7) / 6
+        wide = share * common + vector_of(content, space).astype(np.float32)
+        return (wide / np.linalg.norm(wide)).astype(np.float16)
+
+    monkeypatch.setattr("store_model.vector_of", alike)
+    run(tmp_path / "index", {f"{number}.jpg": b"%d" % number for number in range(300)})
+    with Index.open(tmp_path / "index") as index:
+        for row in range(0, 300, 10):
+            found = index.search(Query((Term(row=row),)), 300)
+            assert found.rows[0] == row
+            assert found.relevance[0] > 0.95, "the picture itself"
+            assert np.median(found.relevance) < 0.05
+            assert (np.diff(found.relevance) <= 0).all()
+
+
 def test_a_threshold_cuts_and_wrong_numbers_are_refused(opened: Index) -> None:
     scores = opened.search(QUERY, ROWS).scores
     cut = opened.search(QUERY, ROWS, threshold=float(scores[10]))
     assert len(cut) == int((scores >= scores[10]).sum())
-    assert len(opened.search(QUERY, threshold=2.0)) == 0
-    assert opened.search(QUERY, threshold=2.0, mmr=0.5, group=True).groups == []
-    for wrong in ({"k": 0}, {"offset": -1}, {"mmr": 1.5}):
+    assert len(opened.search(QUERY, threshold=1.0)) == 0
+    assert opened.search(QUERY, threshold=1.0, mmr=0.5, group=True).groups == []
+    assert len(opened.search(QUERY, np.int64(3))) == 3
+    for wrong in ({"k": 0}, {"k": 2.5}, {"offset": -1}, {"offset": 1.5}, {"mmr": 1.5}, {"threshold": 5}):
         with pytest.raises(ValueError, match=r"expected"):
             opened.search(QUERY, **wrong)
+
+
+def test_what_is_no_question_is_refused_with_what_to_write(opened: Index) -> None:
+    nan = np.full(DIM, np.nan, np.float16)
+    for vector in (QUERY.astype(np.float32), 3 * QUERY, nan, 0 * QUERY, QUERY[:-1], np.stack([QUERY, QUERY])):
+        for query in (vector, Query((Term(vector=vector), Term(row=0)))):
+            with pytest.raises(QueryError, match=r"of length .*; expected float16 \(8,\) of length 1: \(vector / np"):
+                opened.search(query)
+    for query in (None, 3, ["a bird"]):
+        with pytest.raises(QueryError, match="is no question; expected text"):
+            opened.search(query)
+    with pytest.raises(QueryError, match="is empty"):
+        opened.search("")
+
+
+def test_a_closed_index_says_that_it_is(opened: Index) -> None:
+    with Index.open(Path(opened.generation._table.filename).parents[2]) as index:
+        found = index.search(QUERY)
+    for late in (lambda: index.search(QUERY), index.facets, lambda: found.hits, lambda: found.keys):
+        with pytest.raises(ValueError, match="this Index is closed; ask inside"):
+            late()
+    index.close()
 
 
 def answer(capsys: pytest.CaptureFixture[str], *words: object) -> dict[str, Any]:
@@ -299,16 +373,118 @@ def test_the_command_asks_what_the_api_asks(
     got = answer(capsys, "a cat", "--image", paths[3], "--like", "even/00004.jpg", "-k", 4, *out)
     assert [hit["key"] for hit in got["hits"]] == [hit.key for hit in all_count]
     np.testing.assert_allclose([hit["score"] for hit in got["hits"]], [hit.score for hit in all_count], atol=1e-4)
-    assert main(["a bird", "--out", str(tmp_path / "index"), "--group"]) == 0
-    shown = capsys.readouterr().out
-    assert "relevance" in shown
-    assert "%" in shown
     for words, reason in (
-        (["--taxon", "x"], "no metadata column"), (["--date", "soon"], "write 2019"), (["--box", "1,2"], "south,west"),
+        (["--taxon", "x"], "for the filter 'taxon'; it can be filtered by: label, key;"),
+        (["--date", "soon"], "write 2019"), (["--box", "1,2"], "south,west"),
         (["--label", "od"], "near it: odd"), (["--where", "label"], "COLUMN=VALUE"), (["--mmr", "2"], "--mmr is 2"),
         (["--offset", "-1"], "--offset is -1"), (["--template", "photo"], "has no {}"),
+        (["--threshold", "5"], "it is a cosine, -1 to 1"), (["--box", "-35,west"], "the box '-35,west' is none"),
+        (["--grid", "nine"], "write e.g. --grid nine.png"), (["--grid", tmp_path / "no/nine.png"], "cannot be written"),
+        (["--grid", tmp_path], "does not end as a picture does"),
+        (["--image", tmp_path], "cannot be read: Is a directory; give a picture file"),
+        (["--image", tmp_path / "no.jpg"], "cannot be read: No such file"),
     ):  # fmt: skip
-        assert main(["a bird", "--out", str(tmp_path / "index"), *words]) == 2
-        error = capsys.readouterr().err
+        assert main(["a bird", "--out", str(tmp_path / "index"), *map(str, words)]) == 2
+        out, error = capsys.readouterr()
         assert reason in error
-        assert error.count("\n") == 1
+        assert (out, error.count("\n")) == ("", 1)
+    for text, reason in (("", "is empty; write what"), (f'file:"{tmp_path}/no.jpg"', "cannot be read: No such file")):
+        assert main([text, "--out", str(tmp_path / "index")]) == 2
+        assert reason in capsys.readouterr().err
+    assert main(["a bird", "--box", "-35,110,-10,155", "--out", str(tmp_path / "index")]) == 2
+    assert "the box" not in capsys.readouterr().err, "it is read, and this index has no places"
+
+
+EVIL = "a[/b]/[red]lab/:dog:\x1b]0;owned\x07\n\u202egpj.jpg"
+STYLE = re.compile(r"\x1b\[\d+m")  # of a table's head
+LONG = f"{'a folder/' * 20}picture.jpg"
+
+
+@pytest.mark.parametrize("terminal", [True, False], ids=["terminal", "pipe"])
+def test_names_are_printed_as_they_are_and_do_not_speak_to_the_terminal(
+    terminal: bool, tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    run(tmp_path / "index", {EVIL: b"a"}, metadata={EVIL: {"label": EVIL}})
+    monkeypatch.setattr("sys.stdout.isatty", lambda: terminal)
+    monkeypatch.setenv("COLUMNS", "200")
+    assert main(["--like", EVIL, "--out", str(tmp_path / "index")]) == 0
+    shown = STYLE.sub("", capsys.readouterr().out)
+    told = EVIL.translate({0x1B: "\\x1b", 0x07: "\\x07", 0x0A: "\\n", 0x202E: "\\u202e"})
+    assert shown.count(told) == 2, "as label and as key"
+    assert not set(shown) & {"\x1b", "\x07", "\u202e"}
+    assert main(["--like", EVIL, "--label", "\x1b[2J", "--out", str(tmp_path / "index")]) == 2
+    assert told in capsys.readouterr().err
+
+
+def test_a_pipe_gets_a_line_for_each_answer_and_a_terminal_all_of_each_key(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv("COLUMNS", "80")
+    others = {f"{number}.jpg": b"%d" % number for number in range(9)}
+    label = f"a {'long ' * 30}label"
+    run(
+        tmp_path / "index", {"best.jpg": b"torn", "copy.jpg": b"torn", LONG: b"b", **others},
+        metadata={LONG: {"label": label}},
+    )  # fmt: skip
+    args = ["--like", "best.jpg", "--out", str(tmp_path / "index"), "--group", "-k", "11"]
+    assert main(args) == 0
+    lines = [line.split("\t") for line in capsys.readouterr().out.splitlines()]
+    assert [line[0] for line in lines] == [str(number) for number in range(1, 12)]
+    assert lines[0][3:] == ["best.jpg", "best.jpg", "(damaged)  +1 near-duplicates"]
+    assert [line[3:] for line in lines if "folder" in line[4]] == [[label, LONG]]
+    monkeypatch.setattr("sys.stdout.isatty", lambda: True)
+    assert main(args) == 0
+    shown = STYLE.sub("", capsys.readouterr().out)
+    assert max(map(len, shown.splitlines())) <= 80
+    assert "relevance" in shown
+    assert shown.count("folder/") == 20, "folded, not cut"
+    assert shown.count("long") == 30
+
+
+def test_a_reader_that_has_seen_enough_is_no_error(opened: Index) -> None:
+    """As in `| head -c 80`: the answer is larger than what a pipe holds."""
+    out = str(Path(opened.generation._table.filename).parents[2])
+    command = [sys.executable, "-m", "pipeline.search", "--like", opened.search(QUERY, 1).keys[0], "-k", "400"]
+    with subprocess.Popen([*command, "--json", "--out", out], stdout=-1, stderr=-1) as process:  # pipes
+        assert process.stdout
+        assert process.stderr
+        process.stdout.read(80)
+        process.stdout.close()
+        assert (process.wait(60), process.stderr.read()) == (0, b"")
+
+
+def test_answers_are_printed_before_the_contact_sheet_is_made(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def full(*_: object) -> None:
+        raise OSError(errno.ENOSPC, "No space left on device")
+
+    monkeypatch.setattr("PIL.Image.Image.save", full)
+    run(tmp_path / "index", {"a.jpg": b"a"})
+    assert main(["--like", "a.jpg", "--out", str(tmp_path / "index"), "--grid", str(tmp_path / "nine.png")]) == 1
+    out, err = capsys.readouterr()
+    assert "a.jpg" in out
+    assert "No space left" in err
+
+
+def test_an_index_without_pictures_is_told_from_a_filter_that_nothing_passes(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(Index, "embed", lambda *_: QUERY)
+    for pictures, words in (
+        ({"a.jpg": b"a"}, "nothing: no picture passes all filters\n"),
+        ({}, "nothing: there is no picture in the index\n"),
+    ):
+        run(tmp_path / "index", pictures)
+        assert main(["a bird", "--key", "b*", "--out", str(tmp_path / "index")]) == 0
+        assert capsys.readouterr() == ("", words)
+
+
+def test_a_contact_sheet_shows_every_format_and_leaves_a_place_for_what_has_changed() -> None:
+    red, heic = Image.new("RGB", (300, 200), (200, 0, 0)), io.BytesIO()
+    pillow_heif.from_pillow(red).save(heic)
+    sheet = contact_sheet("red", [Cell(encoded, "", 0.1) for encoded in (heic.getvalue(), b"no picture", None)])
+    middles_px = [GAP_PX + at * (CELL_PX + GAP_PX) + CELL_PX // 2 for at in (0, 1)]
+    colours = [sheet.getpixel((x, CAPTION_PX + CELL_PX // 2)) for x in middles_px]
+    assert colours[0] == pytest.approx((200, 0, 0), abs=8)
+    assert colours[1] == PAPER

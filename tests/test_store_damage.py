@@ -52,6 +52,7 @@ def test_a_damaged_file_is_named_and_never_read_as_zeros(tmp_path: Path, name: s
     with pytest.raises(StoreDamaged, match=name) as told:
         Generation.open(tmp_path, check="digest" if harm == "flipped" else "size")
     assert told.value.path == path
+    assert "python -m pipeline.verify --repair" in str(told.value)
     if harm == "removed" and name.startswith("shards"):  # what plain h5py gives is not a number, never zeros
         values = np.stack(list(shown_by_h5py(tmp_path / "index.h5").values()))
         assert np.isnan(values).all(axis=1).sum() == 20

@@ -55,13 +55,30 @@ def test_observe_tells_new_changed_relabelled_and_unchanged(tmp_path: Path) -> N
         listed[4] = replace(listed[4], locator=b"moved")
         del listed[5]
         assert store.observe([*listed, item("new", b"n", mtime_ns=2**70), item("new", b"other")]) == (1, 3, 2, 5, 1)
-        assert store.listing_preview() == (1, 12)
+        assert store.listing_preview() == (1, 11)
         assert store.finish_listing() == 1
         assert [entry.key for entry in store.pending(99)] == ["dir/00000.jpg", "dir/00001.jpg", "dir/00002.jpg", "new"]
         assert [entry.key for entry in store.pending(2, after_id=2)] == ["dir/00002.jpg", "new"]
         counts = store.counts()
         assert (counts.embedded, counts.pending, counts.quarantined, counts.deleted) == (6, 4, 1, 1)
         assert [row[:2] for row in counts.reasons["corrupt"].examples] == [("bad", "no such marker")]
+
+
+def test_what_came_up_since_does_not_hide_what_is_gone(tmp_path: Path) -> None:
+    """Other pictures in the place of ours: also in the night after, and when they had been there, and gone, before."""
+    ours, others = some(10), some(42, start=100)
+    run(tmp_path, others)
+    run(tmp_path, ours)
+    with Store.open(tmp_path, SPACE, DIM) as store:
+        for _ in range(2):
+            store.begin_run(PHOTOS)
+            store.observe([item(key, content) for key, content in {**others, "new": b"new"}.items()])
+            assert store.listing_preview() == (10, 10)
+        store.begin_run(PHOTOS)  # and back: what came up meanwhile was never shown, so nobody has to be asked
+        store.observe([item(key, content) for key, content in ours.items()])
+        assert store.listing_preview() == (0, 10)
+        assert store.finish_listing() == 43
+        assert store.counts()[:2] == (10, 0)
 
 
 def test_a_relabelled_picture_needs_no_vector(tmp_path: Path) -> None:

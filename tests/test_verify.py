@@ -7,6 +7,8 @@ import json
 import os
 import shutil
 import sqlite3
+import subprocess
+import sys
 from collections.abc import Callable
 from contextlib import closing
 from pathlib import Path
@@ -18,8 +20,11 @@ import pytest
 from pictures import noisy_jpeg, write_folder
 from runs import index, run_module, vectors_by_key
 
+from pipeline.store import Generation
+from pipeline.store.check import Finding, Health
 from pipeline.store.files import digest_file
-from pipeline.verify.command import DAMAGED, DONE, LOCKED, main
+from pipeline.verify.command import DAMAGED, DONE, LOCKED, USAGE, Verdict, main, show
+from pipeline.verify.config import parse
 
 ROWS = 24
 
@@ -237,6 +242,33 @@ def test_damage_is_named_and_repaired(
     assert verify(capsys, "sample", "--rows", 99, "--out", out)[0] == DONE
 
 
+HARMS_UNSEEN: dict[str, tuple[Callable[[Path], object], int]] = {  # harm, exit code of an index with nothing to do
+    "generation.json garbage": (lambda out: (out / "current/generation.json").write_text("garbage"), DONE),
+    "index.h5 cut": (lambda out: os.truncate((out / "index.h5").resolve(), 1000), DAMAGED),
+    "shard removed": (lambda out: shards(out)[0].unlink(), DAMAGED),
+    "current removed": (lambda out: (out / "current").unlink(), DONE),
+}
+
+
+@pytest.mark.parametrize("name", HARMS_UNSEEN)
+def test_a_run_with_nothing_to_do_is_done_only_if_readers_can_open_what_they_see(
+    name: str, out: Path, sound: Path, photos: Path, tiny_model: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    harm, expected = HARMS_UNSEEN[name]
+    harm(out)
+    ran = index(photos, out, "--model", tiny_model)
+    assert ran.code == expected, ran.stderr
+    if expected == DAMAGED:
+        assert f"readers cannot open what they see: {out}" in ran.report["error"]
+        assert ran.report["error"].endswith(f"Run: python -m pipeline.verify --repair --out {out}")
+        assert json.loads((out / "runs/3.json").read_text())["exit"] == DAMAGED
+        asked = run_module("pipeline.search", "a bird", "--out", out)
+        assert (asked.code, "python -m pipeline.verify --repair" in asked.stderr) == (1, True), asked.stderr
+        assert verify(capsys, "--repair", "--out", out)[0] == DONE
+    Generation.open(out, "digest").close()
+    assert vectors_by_key(out) == vectors_by_key(sound)
+
+
 def test_a_vector_that_is_not_its_pictures_is_found_by_embedding_again(
     out: Path, sound: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
@@ -270,6 +302,45 @@ def test_pictures_that_changed_since_are_no_damage(
     code, report = verify(capsys, "full", "--out", tmp_path / "index")
     sample = report["sample"]
     assert (code, sample["changed"], sample["unreadable"], sample["compared"]) == (DONE, 1, 1, 4)
+    for path in paths[2:4]:
+        path.unlink()
+    code, report = verify(capsys, "full", "--out", tmp_path / "index")
+    assert (code, report["findings"]) == (USAGE, []), "what could not be checked is neither damaged nor right"
+    assert "2 of 6 pictures could be compared, 1 have changed, 3 cannot be read" in report["unchecked"]
+    ran = run_module("pipeline.verify", "full", "--out", tmp_path / "index")
+    assert (ran.code, "nothing is wrong" in ran.stdout, "could not be checked" in ran.stdout) == (USAGE, False, True)
+
+
+def test_a_source_that_is_away_takes_out_its_own_pictures_alone(
+    tmp_path: Path, tiny_model: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    for name, count in {"a": 6, "b": 3}.items():
+        write_folder(tmp_path / name, count, first_seed=10 * count)
+        index(tmp_path / name, tmp_path / "index", "--model", tiny_model)
+    for away, code, rows in (("b", DONE, 6), ("a", USAGE, 0)):
+        shutil.move(tmp_path / away, tmp_path / f"{away} away")
+        for level in ("sample", "full"):
+            found, report = verify(capsys, level, "--out", tmp_path / "index")
+            sample = report["sample"]
+            assert (found, sample["compared"], sample["away"]) == (code, rows, 9 - rows), report
+    assert "0 of 0 pictures could be compared" in report["unchecked"]
+
+
+def test_what_nobody_has_seen_yet_is_embedded_again_too(
+    out: Path, tiny_model: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """An index that was never published."""
+    for path in ("current", "index.h5"):
+        (out / path).unlink()
+    sql(out, "DELETE FROM generation")
+    code, report = verify(capsys, "full", "--out", out)
+    assert (code, report["generation"], report["sample"]["compared"]) == (DONE, None, ROWS + 1), report
+    edit(shards(out)[1], lambda file: swap(file, "embeddings"))
+    sign(out, shards(out)[1])
+    code, report = verify(capsys, "full", "--model", tiny_model, "--out", out)
+    assert (code, report["sample"]["off"]) == (DAMAGED, 2)
+    assert "shards/000002-000001.h5, row " in report["findings"][0]["where"]
+    assert "full --repair" in report["findings"][0]["remedy"]
 
 
 def test_a_run_is_neither_judged_nor_kept_out(out: Path, capsys: pytest.CaptureFixture[str]) -> None:
@@ -322,6 +393,15 @@ def test_a_damaged_manifest_is_named(out: Path, capsys: pytest.CaptureFixture[st
     (out / "manifest.sqlite").write_bytes(content)
     code, report = verify(capsys, "--out", out)
     assert (code, whats(report)) == (DAMAGED, {"manifest"})
+    for content in (b"no database at all" * 100, None):
+        (out / "manifest.sqlite").unlink()
+        if content:
+            (out / "manifest.sqlite").write_bytes(content)
+        for args in ((), ("--repair",)):
+            code, report = verify(capsys, *args, "--out", out)
+            assert (code, whats(report)) == (DAMAGED, {"manifest"}), report
+            assert str(out) not in report["findings"][0]["found"], "one message, not one inside another"
+            assert "Restore manifest.sqlite from a backup" in report["findings"][0]["remedy"]
 
 
 def test_a_manifest_of_another_version_is_refused_with_what_helps(
@@ -333,6 +413,17 @@ def test_a_manifest_of_another_version_is_refused_with_what_helps(
             db.execute("UPDATE meta SET value = ? WHERE key = 'schema'", (schema,))
         code, report = verify(capsys, "--out", out)
         assert (code, words in report["error"]) == (1, True), report
+
+
+@pytest.mark.parametrize("module", ["pipeline.verify", "pipeline.report"])
+def test_a_reader_that_leaves_early_is_no_error(module: str, out: Path) -> None:
+    """As `| head -c 80` does."""
+    unread, stdout = os.pipe()
+    os.close(unread)
+    command = [sys.executable, "-m", module, "--out", str(out)]
+    ran = subprocess.run(command, stdout=stdout, stderr=subprocess.PIPE, text=True, check=False)
+    os.close(stdout)
+    assert (ran.returncode, "rror" in ran.stderr) == (DONE, False), ran.stderr
 
 
 def test_for_people_and_for_wrong_usage(out: Path, tmp_path: Path) -> None:
@@ -352,3 +443,16 @@ def test_for_people_and_for_wrong_usage(out: Path, tmp_path: Path) -> None:
         assert ran.code == 2
         assert words in ran.stderr
         assert "Traceback" not in ran.stderr
+
+
+def test_findings_name_files_as_they_are(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv("FORCE_COLOR", "1")  # a table, as on a terminal
+    monkeypatch.setenv("COLUMNS", "200")
+    health = Health(findings=[Finding("damaged file", "a[/b].h5", "[red]1", "\x1b]0;owned\x07", "none")])
+    show(parse(["--out", str(tmp_path / "[/x]\n")]), Verdict(health, None, None, 0.1, DAMAGED))
+    shown = capsys.readouterr().out
+    for words in ("a[/b].h5", "[red]1", r"\x1b]0;owned\x07", r"[/x]\n: generation"):
+        assert words in shown
+    assert "\x07" not in shown

@@ -36,7 +36,7 @@ def nudge(file: h5py.File) -> None:
 def test_the_engine_that_made_a_vector_must_give_its_bits_again(out: Path, capsys: pytest.CaptureFixture[str]) -> None:
     code, report = verify(capsys, "full", "--out", out)
     sample = report["sample"]
-    assert (code, sample["bits_due"], sample["same_bits"]) == (DONE, 24, 25), "of the copy nobody knows who made it"
+    assert (code, sample["bits_due"], sample["same_bits"]) == (DONE, 25, 25)
     edit(shards(out)[0], nudge)
     sign(out, shards(out)[0])
     code, report = verify(capsys, "full", "--out", out)
@@ -66,7 +66,7 @@ def test_where_other_bits_may_come_the_contract_counts(out: Path, capsys: pytest
         run.write_text(json.dumps(record))
     code, report = verify(capsys, "full", "--out", out)
     assert (code, report["sample"]["same_bits"], report["sample"]["off"]) == (DONE, 24, 0), report["findings"]
-    assert report["sample"]["bits_due"] in (0, 12, 13)
+    assert report["sample"]["bits_due"] in (0, 12)
 
 
 def test_devices_are_those_of_index(out: Path, capsys: pytest.CaptureFixture[str]) -> None:
@@ -161,6 +161,6 @@ def test_an_index_on_a_read_only_disk(frozen: Path, tiny_model: Path, tmp_path: 
         "pipeline.index": ("--source", "folder", "--root", "/tmp", "--model", tiny_model),
     }.items():  # fmt: skip
         ran = run_module(module, *args, "--out", frozen)
-        assert ran.code == 1, (module, ran.stderr)
+        assert ran.code == (2 if module == "pipeline.index" else 1), (module, ran.stderr)
         assert "Traceback" not in ran.stderr, ran.stderr
         assert "ead-only" in ran.stderr or "denied" in ran.stderr, (module, ran.stderr)

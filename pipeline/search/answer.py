@@ -4,11 +4,15 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 from functools import cached_property
+from typing import TYPE_CHECKING
 
 from pipeline.search.relevance import Background
 from pipeline.store import Generation, Scope
 from pipeline.store.scan import Query as Vector
 from pipeline.store.scan import Rows, Scores
+
+if TYPE_CHECKING:
+    from pipeline.search.index import Index
 
 
 @dataclass(frozen=True)
@@ -34,7 +38,7 @@ class Found:
     rows: Rows  # (n,)
     scores: Scores  # (n,)
     exact: bool  # every vector was looked at
-    generation: Generation
+    index: Index  # has to be open still when descriptions are asked for
     total: int  # rows of the index that pass the filters
     query_d: Vector  # what was looked for
     background: Background  # what it is compared with
@@ -42,6 +46,10 @@ class Found:
 
     def __len__(self) -> int:
         return len(self.rows)
+
+    @property
+    def generation(self) -> Generation:
+        return self.index.generation
 
     @cached_property
     def relevance(self) -> Scores:

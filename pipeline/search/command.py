@@ -11,8 +11,7 @@ import sys
 from dataclasses import asdict
 
 import numpy as np
-from rich.console import Console
-from rich.table import Column, Table
+from rich.table import Column
 
 from engines import EngineUnavailable
 from engines.spec import ArtifactMissing
@@ -26,20 +25,28 @@ from pipeline.search.index import Index
 from pipeline.search.query import QueryError
 from pipeline.sources import SourceError, open_source
 from pipeline.store import Generation, NoIndex, StoreError
+from pipeline.terminal import print_table, printable, reader_may_leave
+
+COLUMNS = (
+    Column("#", no_wrap=True), Column("relevance", no_wrap=True, justify="right"), Column("cosine", no_wrap=True),
+    Column("label", overflow="fold"), Column("key", overflow="fold"), Column("", overflow="fold"),
+)  # fmt: skip
 
 
-def search(cfg: SearchConfig) -> Found:
+def search(cfg: SearchConfig) -> None:
+    """What is asked is answered before the contact sheet is made: it may take long, and its disk may be full."""
     with Index.open(cfg.out, model=cfg.model, exact=cfg.exact) as index:
         found = index.search(
             cfg.query, cfg.k, offset=cfg.offset, where=cfg.where, threshold=cfg.threshold, mmr=cfg.mmr, group=cfg.group,
             exact=cfg.exact,
         )  # fmt: skip
-        hits = found.hits  # read while the index is open
+        with reader_may_leave():
+            show(cfg, found)
         if cfg.grid:
-            read = zip(_read(index.generation, hits), hits, strict=True)
+            read = zip(_read(index.generation, found.hits), found.hits, strict=True)
             cells = [Cell(encoded, _label(hit), hit.score) for encoded, hit in read]
             contact_sheet(cfg.words, cells).save(cfg.grid)
-    return found
+            _say(f"contact sheet: {cfg.grid}")
 
 
 def _read(generation: Generation, hits: list[Hit]) -> list[bytes | None]:
@@ -69,22 +76,23 @@ def show(cfg: SearchConfig, found: Found) -> None:
             words["copies"] = rows[1:].tolist()
         print(json.dumps({"query": cfg.words, "total": found.total, "offset": cfg.offset, "hits": described}))
         return
-    copies = [f"+{len(rows) - 1}" if len(rows) > 1 else "" for rows in found.groups or []]
-    table = Table("#", "relevance", "cosine", "label", Column("key", overflow="fold"), box=None, pad_edge=False)
+    if not len(found):
+        _say(_nothing(cfg, found))
+        return
+    table = []
     for number, hit in enumerate(found.hits):
-        notes = [f"({hit.mark})"] if hit.mark else []
-        notes += [f"{copies[number]} near-duplicates"] if copies and copies[number] else []
-        table.add_row(
-            str(cfg.offset + number + 1), f"{hit.relevance:9.0%}", f"{hit.score:.4f}", _label(hit),
-            "  ".join([hit.key, *notes]),
+        copies = len(found.groups[number]) - 1 if found.groups else 0
+        notes = [f"({hit.mark})"] * bool(hit.mark) + [f"+{copies} near-duplicates"] * bool(copies)
+        table.append(
+            [str(cfg.offset + number + 1), f"{hit.relevance:.0%}", f"{hit.score:.4f}", _label(hit), hit.key,
+             *["  ".join(notes)] * bool(notes)]
         )  # fmt: skip
-    console = Console()
-    console.print(table if len(found) else _nothing(cfg, found))
-    if cfg.grid:
-        console.print(f"contact sheet: {cfg.grid}")
+    print_table(COLUMNS, table)
 
 
 def _nothing(cfg: SearchConfig, found: Found) -> str:
+    if not found.generation.rows:
+        return "nothing: there is no picture in the index"
     if not found.total:
         return "nothing: no picture passes all filters"
     if cfg.threshold is not None:
@@ -94,16 +102,19 @@ def _nothing(cfg: SearchConfig, found: Found) -> str:
     return f"nothing from --offset {cfg.offset}; {found.total} pictures pass"
 
 
+def _say(words: str) -> None:
+    """To the person; stdout has answers alone."""
+    print(printable(words), file=sys.stderr)
+
+
 def main(argv: list[str] | None = None) -> int:
     logging.basicConfig(level=logging.WARNING, format="%(message)s", stream=sys.stderr)
     try:
-        cfg = parse_search(argv)
-        found = search(cfg)
+        search(parse_search(argv))
     except (UsageError, QueryError, ArtifactMissing, EngineUnavailable, NoIndex, BadImage) as error:
-        print(f"error: {error}", file=sys.stderr)
+        _say(f"error: {error}")
         return USAGE
     except (StoreError, OSError) as error:
-        print(f"error: {error}", file=sys.stderr)
+        _say(f"error: {error}")
         return FAILED
-    show(cfg, found)
     return DONE

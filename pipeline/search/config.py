@@ -3,8 +3,13 @@
 from __future__ import annotations
 
 import argparse
+import os
+import sys
+from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
+
+from PIL import Image
 
 from pipeline.config import UsageError, only_index_here
 from pipeline.search.query import WORD_FOR_WORD, Query, Term, parse_query
@@ -15,7 +20,7 @@ SEARCH_EXAMPLES = """examples:
   python -m pipeline.search "heron" --template "a photo of a {}" -k 20 --threshold 0.25
   python -m pipeline.search --image photo.jpg --grid nine.png
   python -m pipeline.search '"red car" - 0.5 * "person"' --mmr 0.7 --group
-  python -m pipeline.search "in flight" --taxon "northern cardinal" --date 2019..2020-06 --box=24,-125,50,-66
+  python -m pipeline.search "in flight" --taxon "northern cardinal" --date 2019..2020-06 --box 24,-125,50,-66
   python -m pipeline.search --like "val/a.jpg" --key "val/*" -k 50 --offset 50 --json
 
 docs/search.md has the grammar of queries and what relevance means."""
@@ -64,10 +69,10 @@ def search_parser() -> argparse.ArgumentParser:
     add("--taxon", help="only this taxon: a name of any rank, or a common name")
     add("--licence", "--license", help="only this licence")
     add("--date", metavar="FROM..TO", help="only these days, both included: 2019..2020-06, 2019-06-30.., 2019")
-    add("--box", metavar="S,W,N,E", help="only from there, in degrees; --box=-35,110,-10,155")
+    add("--box", metavar="S,W,N,E", help="only from there, in degrees; 35,-10,60,30")
     add("--key", metavar="PATTERN", help="only these keys; * stands for anything, slashes too, ? for one character")
     add("--where", action="append", metavar="COLUMN=VALUE", help="only where a column of the metadata has this value")
-    add("--grid", type=Path, metavar="PNG", help="write a contact sheet of the answers")
+    add("--grid", type=Path, metavar="FILE.png", help="write a contact sheet of the answers")
     add("--json", action="store_true", help="one JSON object instead of a table")
     add("--model", help="hub id or directory (default: the model the index was made with)")
     add("--exact", action="store_true", help="look at every vector, also where there are lists")
@@ -79,7 +84,7 @@ def parse_search(argv: list[str] | None) -> SearchConfig:
     Raises:
         UsageError, QueryError: one line each, with the remedy.
     """
-    args = search_parser().parse_args(argv)
+    args = search_parser().parse_args(_with_box(sys.argv[1:] if argv is None else argv))
     images, likes = args.image or [], args.like or []
     if args.text is None and not images and not likes:
         raise UsageError('give a text, --image FILE or --like KEY, e.g. python -m pipeline.search "a red bird"')
@@ -87,6 +92,10 @@ def parse_search(argv: list[str] | None) -> SearchConfig:
         raise UsageError(f"-k is {args.k}; it must be at least 1")
     if args.offset < 0:
         raise UsageError(f"--offset is {args.offset}; it must be at least 0")
+    if args.threshold is not None and not -1 <= args.threshold <= 1:
+        raise UsageError(f"--threshold is {args.threshold:g}; it is a cosine, -1 to 1")
+    if args.grid is not None:
+        _check_grid(args.grid)
     if args.mmr is not None and not 0 <= args.mmr <= 1:
         raise UsageError(f"--mmr is {args.mmr}; it is 0 (variety alone) to 1 (the plain order)")
     templates = tuple(args.template or WORD_FOR_WORD)
@@ -107,6 +116,28 @@ def parse_search(argv: list[str] | None) -> SearchConfig:
         model=args.model,
         exact=args.exact,
     )
+
+
+def _with_box(words: Sequence[str]) -> list[str]:
+    """`--box -35,110,-10,155` as `--box=-35,110,-10,155`: argparse takes the numbers alone for an option."""
+    joined: list[str] = []
+    for word in words:
+        if joined and joined[-1] == "--box":
+            joined[-1] = f"--box={word}"
+        else:
+            joined.append(word)
+    return joined
+
+
+def _check_grid(path: Path) -> None:
+    """
+    Raises:
+        UsageError: no picture can be written there; found out before anything is searched.
+    """
+    if Image.registered_extensions().get(path.suffix.lower()) not in Image.SAVE:
+        raise UsageError(f"--grid {path} does not end as a picture does; write e.g. --grid nine.png")
+    if path.is_dir() or not os.access(path.parent, os.W_OK):
+        raise UsageError(f"--grid {path} cannot be written; expected a file in a folder that takes one")
 
 
 def _where(args: argparse.Namespace) -> Where:

@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import sys
 from collections.abc import Sequence
+from pathlib import Path
 
 import numpy as np
 import numpy.typing as npt
@@ -11,6 +13,21 @@ from tokenizers import Tokenizer
 from engines import open_engine
 from engines.spec import Artifact
 from pipeline.batch import BadImage, Batch
+from pipeline.search.query import QueryError
+
+
+def read_picture(file: str) -> bytes:
+    """The bytes of a file, or of standard input where it is called "-".
+
+    Raises:
+        QueryError: it cannot be read.
+    """
+    try:
+        return sys.stdin.buffer.read() if file == "-" else Path(file).read_bytes()
+    except OSError as error:
+        raise QueryError(
+            f"the picture {file!r} cannot be read: {error.strerror}; give a picture file, or - for standard input"
+        ) from None
 
 
 class TextEmbedder:

@@ -58,9 +58,9 @@ def batches(index: Index, where: Where = EVERYTHING, rows_max: int = COLUMN_PIEC
         yield pa.RecordBatch.from_arrays([columns[name] for name in layout.names], schema=layout)
 
 
-def to_parquet(index: Index, path: Path, where: Where = EVERYTHING) -> int:
+def to_parquet(index: Index, path: Path | str, where: Where = EVERYTHING) -> int:
     """Write one Parquet file, whole or not at all. Returns its number of rows."""
-    written = 0
+    path, written = Path(path), 0
     with pq.ParquetWriter(temporary(path), schema(index)) as writer:
         for batch in batches(index, where):
             writer.write_batch(batch)
@@ -69,19 +69,20 @@ def to_parquet(index: Index, path: Path, where: Where = EVERYTHING) -> int:
     return written
 
 
-def to_usearch(index: Index, path: Path, where: Where = EVERYTHING) -> int:
+def to_usearch(index: Index, path: Path | str, where: Where = EVERYTHING) -> int:
     """Write a USearch index of float16 by inner product, its keys the rows of index.h5. Returns its number of rows."""
     from pipeline.search.usearch_lib import Index as UsearchIndex
 
     made = UsearchIndex(ndim=index.generation.dim, metric="ip", dtype="f16")
     for rows in _pieces(index, where, COLUMN_PIECE):
         made.add(rows.astype(np.uint64), index.vectors(rows))
+    path = Path(path)
     made.save(temporary(path))
     commit_file(path)
     return len(made)
 
 
-def to_faiss(index: Index, path: Path, where: Where = EVERYTHING) -> int:
+def to_faiss(index: Index, path: Path | str, where: Where = EVERYTHING) -> int:
     """Write a FAISS index of float16 by inner product, its ids the rows of index.h5. Returns its number of rows.
 
     Raises:
@@ -93,6 +94,7 @@ def to_faiss(index: Index, path: Path, where: Where = EVERYTHING) -> int:
     made = faiss.IndexIDMap(flat)
     for rows in _pieces(index, where, COLUMN_PIECE):
         made.add_with_ids(index.vectors(rows).astype(np.float32), rows)
+    path = Path(path)
     faiss.write_index(made, str(temporary(path)))
     commit_file(path)
     return int(made.ntotal)

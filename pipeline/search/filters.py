@@ -10,9 +10,10 @@ Names are compared without case. A name that no row has is an error with the nea
 from __future__ import annotations
 
 import difflib
+import re
 import threading
 from collections import Counter, OrderedDict
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 
 import numpy as np
 import numpy.typing as npt
@@ -22,6 +23,7 @@ from pipeline.search.query import QueryError, UnknownName
 from pipeline.search.where import EVERYTHING, Where, day_numbers
 from pipeline.store import Generation
 
+NAMED = ("label", "taxon", "licence", "date", "box")  # fields of `Where` that need columns
 LICENCES = ("license", "licence")  # as columns are called
 # The first one with something to choose from stands for all when choices are listed.
 TAXA = ("supercategory", "class", "order", "family", "genus", "species", "common_name", "kingdom", "phylum")
@@ -64,6 +66,7 @@ class Filters:
         Raises:
             QueryError: a column that is not there, holds numbers, or has too many different values to count.
         """
+        self._check(name for name in fields if name not in self.columns.names)
         found = {}
         for name in fields:
             coded = self.columns.coded(self._choices(name))
@@ -87,10 +90,21 @@ class Filters:
         needs["box"] = ["latitude", "longitude"]
         return [name for name, columns in needs.items() if set(columns) <= set(self.columns.names)] + ["key"]
 
+    def _check(self, fields: Iterable[str]) -> None:
+        """
+        Raises:
+            QueryError: the index has no column for one of these fields.
+        """
+        if lacking := [name for name in fields if name in NAMED and name not in self.fields]:
+            raise QueryError(
+                f"the index has no column for the filter {lacking[0]!r}; it can be filtered by: "
+                f"{', '.join(self.fields)}; its columns are: {', '.join(self.columns.names) or 'none'}"
+            )
+
     def _columns_of(self, field: str) -> Sequence[str]:
-        """The columns that a field looks at, of those that are there."""
+        """The columns that a field looks at, of those that are there; the first one where none is."""
         columns = {"taxon": TAXA, "licence": LICENCES}.get(field, [field])
-        return [column for column in columns if column in self.columns.names] or [columns[0]]  # reading says what lacks
+        return [column for column in columns if column in self.columns.names] or [columns[0]]
 
     def _choices(self, field: str) -> str:
         """The column whose values stand for a field in a list of choices."""
@@ -98,6 +112,7 @@ class Filters:
         return next((column for column in columns if column in self.columns.facets), columns[0])
 
     def _parts(self, where: Where) -> Iterator[Mask]:
+        self._check(name for name in NAMED if getattr(where, name) is not None)
         if where.label is not None:
             yield self._named("label", where.label)
         if where.taxon is not None:
@@ -127,14 +142,22 @@ class Filters:
         raise UnknownName(f"no picture has the {field} {name!r}; {self._nearest(name, columns)}")
 
     def _nearest(self, name: str, columns: Sequence[str]) -> str:
+        """Names that are nearly it, all of them or as many words in a row as it has."""
         counts: Counter[str] = Counter()
         for column in columns:
             if (coded := self.columns.coded(column)) is not None:
                 counts += coded.counts(None)
-        by_fold = {fold(value): value for value in counts}
-        near = difflib.get_close_matches(fold(name), by_fold, NAMES_SHOWN)
+        asked, by_part = _words(name), dict[str, list[str]]()
+        for value, _ in counts.most_common():
+            words = _words(value)
+            count = min(max(1, len(asked)), len(words))
+            parts = {" ".join(words[first : first + count]) for first in range(len(words) - count + 1)}
+            for part in parts | {" ".join(words)}:
+                by_part.setdefault(part, []).append(value)
+        near = difflib.get_close_matches(" ".join(asked), by_part, NAMES_SHOWN)
         if near:
-            return f"near it: {', '.join(by_fold[value] for value in near)}"
+            names = dict.fromkeys(value for part in near for value in by_part[part])
+            return f"near it: {', '.join(list(names)[:NAMES_SHOWN])}"
         return f"there are e.g. {', '.join(value for value, _ in counts.most_common(NAMES_SHOWN))}"
 
     def _inside(self, south: float, west: float, north: float, east: float) -> Mask:
@@ -142,3 +165,8 @@ class Filters:
         if west <= east:
             return between("latitude", south, north) & between("longitude", west, east)
         return between("latitude", south, north) & (between("longitude", west, 180) | between("longitude", -180, east))
+
+
+def _words(name: str) -> list[str]:
+    """Without case and signs: Fruit__Apple__Pink-Lady -> fruit apple pink lady."""
+    return re.findall(r"[^\W_]+", fold(name))

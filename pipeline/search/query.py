@@ -22,6 +22,7 @@ import numpy.typing as npt
 from pipeline.store.scan import Query as Vector
 
 WORD_FOR_WORD = ("{}",)
+UNIT_TOLERANCE = 0.01  # of a vector's length: rounding to float16 moves it by up to .001
 NORM_MIN = 1e-3  # of a sum; below, the terms cancel and what is left is rounding
 _TOKEN = re.compile(
     r"""\s*(?P<sign>[+-])?\s*
@@ -47,7 +48,7 @@ class Term:
     """One thing to look for, exactly one of these; `weight` below zero turns away from it.
 
     Raises:
-        ValueError: none or several are given, or the weight is zero or not finite.
+        ValueError: none or several are given, or the weight is zero or not finite. QueryError: the text is empty.
     """
 
     text: str | None = None
@@ -64,6 +65,8 @@ class Term:
             raise ValueError(f"a Term is one of {', '.join(self.__match_args__[:-1])}; given: {given or 'none'}")
         if not math.isfinite(self.weight) or self.weight == 0:
             raise ValueError(f"the weight of {given[0]} is {self.weight}; expected a finite number that is not 0")
+        if self.text is not None and not self.text.strip():
+            raise QueryError(f'the text {self.text!r} is empty; write what to look for, e.g. "a red bird"')
 
 
 @dataclass(frozen=True)
@@ -98,7 +101,7 @@ def parse_query(text: str, templates: Sequence[str] = WORD_FOR_WORD) -> Query:
     """A query as a person writes it. Nothing is read: a `file:` term is a name until somebody opens it.
 
     Raises:
-        QueryError: quotes that begin an expression which does not go on as one.
+        QueryError: an empty text, or quotes that begin an expression which does not go on as one.
     """
     if not _EXPRESSION.match(text):
         return Query((Term(text=text),), tuple(templates))
@@ -129,6 +132,19 @@ def _term(found: re.Match[str]) -> Term:
             return Term(file=value, weight=weight)
         case _:
             return Term(text=value, weight=weight)
+
+
+def check_vector(vector_d: Vector, dim: int) -> None:
+    """
+    Raises:
+        QueryError: it is no unit vector of an index of this dimension.
+    """
+    length = float(np.linalg.norm(vector_d.astype(np.float64)))
+    if vector_d.dtype != np.float16 or vector_d.shape != (dim,) or not abs(length - 1) <= UNIT_TOLERANCE:
+        raise QueryError(
+            f"the vector is {vector_d.dtype} {vector_d.shape} of length {length:.4g}; expected float16 ({dim},) of "
+            "length 1: (vector / np.linalg.norm(vector)).astype(np.float16)"
+        )
 
 
 def combine(vectors: Sequence[npt.NDArray[np.float16]], weights: Sequence[float]) -> Vector:

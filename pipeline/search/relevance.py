@@ -7,11 +7,15 @@ deviation). An answer that stands z = (score - middle) / width above the middle 
 
     1 / (1 + exp(-2 (z - 2)))            z = 0: .02   1: .12   1.5: .27   2: .50   2.5: .73   3: .88   4: .98
 
-so .5 is where one in 44 of a bell curve would lie. It rises with the score, is the same in every run over one
-generation, and does not depend on filters or pages. With the demo model and 36 questions such as "a red circle" the
-best nine have .88 on average, right pictures .77, wrong ones .08. It says that an answer stands out, not that the
+Scores count as their Fisher transform, artanh(cosine), here: it leaves the low cosines of texts as they are and
+stretches those near 1, where pictures crowd. Without it a picture that is in the index did not stand out when it was
+asked for itself: with a middle of .53 and a width of .32 (55 photos, B/32 shape) 1 is only 1.5 widths away.
+
+So .5 is where one in 44 of a bell curve would lie. It rises with the score, is the same in every run over one
+generation, and does not depend on filters or pages. With the demo model and 33 questions such as "a red circle" the
+best nine have .92 on average, right pictures .80, wrong ones .08. It says that an answer stands out, not that the
 question makes sense: of nonsense, too, some rows of a million are far out; and what a sixth of the index answers does
-not stand out by much ("a ring": .3).
+not stand out by much ("a ring": .4), nor does a picture of which half the index are copies.
 """
 
 from __future__ import annotations
@@ -27,7 +31,8 @@ from pipeline.store.scan import Rows, Scan, Scores, score
 
 SAMPLE_ROWS = 4096
 LOWER = 0.1587  # of a bell curve lies below middle - width
-WIDTH_MIN = 1e-4  # cosines of float16 vectors are not known better
+WIDTH_MIN = 1e-4  # cosines of float16 vectors are not known better,
+COSINE_MAX = 1 - WIDTH_MIN  # nor whether they are 1
 EVEN_Z, STEEPNESS = 2.0, 2.0  # where relevance is one half, and how fast it rises there
 
 
@@ -48,17 +53,23 @@ class Background:
         """What this question scores with pictures at large."""
         if not self._scan.rows:
             return Spread(0.0, 1.0)
-        middle, low = np.quantile(score(self._sample_nd, query_d), [0.5, LOWER]).tolist()
+        middle, low = np.quantile(stretched(score(self._sample_nd, query_d)), [0.5, LOWER]).tolist()
         return Spread(middle, max(middle - low, WIDTH_MIN))
+
+
+def stretched(scores: Scores) -> npt.NDArray[np.float64]:
+    return np.arctanh(np.clip(scores.astype(np.float64), -COSINE_MAX, COSINE_MAX))
 
 
 @dataclass(frozen=True)
 class Spread:
+    """Of stretched cosines."""
+
     middle: float
     width: float
 
     def relevance(self, scores: Scores) -> Scores:
         """(n,) 0 to 1 for (n,) cosines."""
-        z = (scores.astype(np.float64) - self.middle) / self.width
+        z = (stretched(scores) - self.middle) / self.width
         relevance: Scores = (0.5 + 0.5 * np.tanh(STEEPNESS / 2 * (z - EVEN_Z))).astype(np.float32)  # never overflows
         return relevance

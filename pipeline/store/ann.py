@@ -5,8 +5,9 @@
     more                          they are sorted into the lists of near centroids, in a file of their own, with what is
                                   in files that are not much larger: so there are few, and a night writes little
     a file that is mostly dead    is written anew without its dead rows
-    four times as many rows       new centroids, and all lists anew
-    no time left                  what is in no list stays in the tail until the next night
+    four times as many rows       new centroids, and all lists anew, once there is time for all of them
+    no time left                  what is in no list stays in the tail until the next night, changed or not
+    a repair                      files that were broken, or hold codes of a broken vector, are made anew
 
 Files are immutable. They live as long as a kept generation names them. Recall against exact search is measured on every
 publish, for stored vectors as queries: the fewest entries with which a search reaches the wanted recall are what
@@ -15,14 +16,16 @@ readers look at. Centroids are those of k-means by cosine (Lloyd 1982; Dhillon a
 
 from __future__ import annotations
 
+import itertools
 import json
 import logging
 import time
 from collections.abc import Callable, Sequence
 from contextlib import AbstractContextManager, nullcontext
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, replace
+from functools import partial
 from pathlib import Path
-from typing import Any
+from typing import Any, TypeVar
 
 import h5py
 import numpy as np
@@ -30,13 +33,14 @@ import numpy.typing as npt
 
 from pipeline.store.centroids import LISTS_EACH, train, two_lists
 from pipeline.store.files import DIGEST_BYTES, StoreDamaged, commit_file, digest_file, sync, temporary
-from pipeline.store.generation import Block
+from pipeline.store.generation import Block, Distrusted
 from pipeline.store.hdf5 import new_h5
 from pipeline.store.lists import Codes, Keys, ListFile, Lists, Lookup, OwnFile, content_keys, encode, read_centroids
 from pipeline.store.scan import Rows, Scan, Scores
 from pipeline.store.shards import PIECE_ROWS, ShardInfo, Vectors, map_embeddings
 
 log = logging.getLogger("nightjar")
+Answer = TypeVar("Answer")
 
 FOLDER = "ann"
 VECTOR_BYTES_MIN = 64 << 20  # of live vectors. Below, exact search answers in some milliseconds
@@ -49,6 +53,7 @@ ASSIGN_ROWS = 16_384  # between two looks at the clock: about a second at d = 51
 # A percent above what is promised: 48 queries are a sample, and what is stored is found more easily than what is asked
 # from outside (.9875 and .975 were seen in one index of a million rows).
 RECALL_K, RECALL_MIN, QUERIES = 10, 0.99, 48
+TIMED = 3  # queries that tell what is faster, exact search or lists
 PROBED, PROBED_STEP = 1024, 1.5  # entries the narrowest search that is tried looks at, and how the next ones widen
 LINE_EVERY_S = 10.0
 
@@ -74,6 +79,21 @@ class Centroids:
     file: OwnFile
     rows: int  # of the index they were made for
     vectors_ld: Vectors
+
+
+@dataclass(frozen=True, eq=False)
+class Contents:
+    """What there is to be found, each once."""
+
+    keys: Keys  # ascending
+    row_of: Rows  # the first row that has it
+    rows_of: Rows  # how many have it
+    covered: npt.NDArray[np.bool_]  # whether it is in a list
+
+    @property
+    def tail(self) -> int:
+        """Rows that are in no list."""
+        return int(self.rows_of[~self.covered].sum())
 
 
 @dataclass(frozen=True, eq=False)
@@ -137,12 +157,26 @@ def names_of(entry: dict[str, Any] | None) -> list[str]:
 
 def last_entry(home: Path) -> dict[str, Any] | None:
     """Of the generation in this folder; None where it has no lists, or cannot be read: then they are made anew."""
+    entry: dict[str, Any] | None = _content(home).get("ann")
+    return {**entry, "distrusted": Distrusted.read(home)} if entry and "lists" in entry else None
+
+
+def is_complete(home: Path) -> bool:
+    """Whether the generation in this folder has all the lists it should, and their recall is settled."""
+    entry = last_entry(home)
+    if entry is not None:
+        return bool(entry.get("complete")) and not any(entry["distrusted"])
+    content = _content(home)
+    return bool(content) and bool(2 * content["rows"] * content["dim"] < VECTOR_BYTES_MIN)
+
+
+def _content(home: Path) -> dict[str, Any]:
+    """Of generation.json; nothing where it cannot be read."""
     try:
         content: dict[str, Any] = json.loads((home / "generation.json").read_text(encoding="utf-8"))
     except (OSError, ValueError):
-        return None
-    entry: dict[str, Any] | None = content.get("ann")
-    return entry if entry and "lists" in entry else None
+        return {}
+    return content
 
 
 def _update(
@@ -154,21 +188,14 @@ def _update(
     map_2n = np.stack([keys_n[order], order.astype(np.uint64)])
     keys, first_of = np.unique(map_2n[0], return_index=True)
     row_of = order[first_of]  # the first row of a content lies in a data file, its repetitions in index.h5
-    covered = np.zeros(len(keys), np.bool_)
+    rows_of = np.diff(first_of, append=len(order))  # how many rows each content has
     rng = np.random.default_rng(number)
-    centroids, files = _usable(out, last, keys, covered)
-    if centroids is None or not centroids.rows / OUTGROWN <= len(keys) <= centroids.rows * OUTGROWN:
-        if turn.out_of_time():
-            centroids = centroids if files else None
-        else:
-            centroids, files = _train(out, number, scan, row_of, rng), []
-            covered[:] = False
-    if centroids is None:
+    contents = Contents(keys, row_of, rows_of, np.zeros(len(keys), np.bool_))
+    centroids, files, covered = _sorted(out, number, scan, contents, last, rng, turn)
+    if centroids is None or not files:
         return None
-    files = _sort_in(out, number, scan, centroids, files, keys, row_of, covered, turn)
-    if not files:
-        return None
-    tail = np.sort(map_2n[1][~np.repeat(covered, np.diff(first_of, append=len(order)))].astype(np.int64))
+    _tidy(out, number, {centroids.file.name, *(file.file.file.name for file in files)})
+    tail = np.sort(map_2n[1][~np.repeat(covered, rows_of)].astype(np.int64))
     path = draft / "ann.npy"
     with path.open("wb") as stream:
         # Not np.save, nor tofile: of a full disk numpy does not notice where it comes with the last 4 KB.
@@ -176,7 +203,8 @@ def _update(
         stream.write(map_2n.data)
     sync(path)
     lookup = Lookup(centroids.vectors_ld, [file.lists for file in files], map_2n, tail, scan, PROBED)
-    measured = _measure(lookup, scan, row_of, rng)
+    first = max(PROBED, last["probed"]) if last and turn.out_of_time() else PROBED
+    measured, settled = _measure(lookup, scan, row_of, rng, first, turn)
     log.info(
         "ann: %s rows in %d files of %s lists, %s beside them; recall@%d %.3f with %s entries looked at, %.1f ms, "
         "exact %.1f ms", f"{int(covered.sum()):,}", len(files), f"{len(centroids.vectors_ld):,}", f"{len(tail):,}",
@@ -189,15 +217,47 @@ def _update(
         "lists": [asdict(file.file) for file in files],
         "map": asdict(own_map),
         "tail": _runs(tail),
+        "complete": settled and len(tail) <= _few(scan),
         **measured,
     }
 
 
-def _usable(
-    out: Path, last: dict[str, Any] | None, keys: Keys, covered: npt.NDArray[np.bool_]
-) -> tuple[Centroids | None, list[Written]]:
-    """What the last generation has and is there; `covered` says which of the ascending `keys` it holds. A file that is
-    not is made anew."""
+def _sorted(
+    out: Path, number: int, scan: Scan, contents: Contents, last: dict[str, Any] | None, rng: np.random.Generator,
+    turn: Turn,
+) -> tuple[Centroids | None, list[Written], npt.NDArray[np.bool_]]:  # fmt: skip
+    """The best lists that time allows, and which contents they cover: those of the last generation with what is new;
+    where they are outgrown new ones, if these cover as much."""
+    rows = len(contents.keys)
+    centroids, files = _usable(out, last, contents)
+    fits = centroids is not None and centroids.rows / OUTGROWN <= rows <= centroids.rows * OUTGROWN
+    if centroids is not None and (files or fits):
+        files = _sort_in(out, number, scan, centroids, files, contents, turn)
+    if fits or turn.out_of_time():
+        return centroids, files, contents.covered
+    trained = _train(out, number, scan, contents.row_of, rng, turn)
+    anew = replace(contents, covered=np.zeros(rows, np.bool_))
+    if not files or not turn.out_of_time():
+        files_anew = _sort_in(out, number, scan, trained, [], anew, turn)
+        if not files or anew.tail <= max(contents.tail, _few(scan)):
+            return trained, files_anew, anew.covered
+    return centroids, files, contents.covered
+
+
+def _few(scan: Scan) -> int:
+    """Rows that may stay outside of all lists."""
+    return TAIL_BYTES_MAX // (2 * scan.dim)
+
+
+def _tidy(out: Path, number: int, named: set[str]) -> None:
+    """Delete what was written for this generation and is not taken: what new centroids have replaced, or could not."""
+    for path in (out / FOLDER).glob(f"{number:06d}*.h5"):
+        if f"{FOLDER}/{path.name}" not in named:
+            path.unlink()
+
+
+def _usable(out: Path, last: dict[str, Any] | None, contents: Contents) -> tuple[Centroids | None, list[Written]]:
+    """What the last generation has, is there and can be trusted; its contents are covered. The rest is made anew."""
     if last is None:
         return None, []
     files: list[Written] = []
@@ -208,6 +268,8 @@ def _usable(
     except StoreDamaged as error:
         log.warning("all lists are made anew: %s", error)
         return None, []
+    distrusted: Distrusted = last["distrusted"]
+    dropped = np.array(distrusted.keys, np.uint64)
     for file in map(ListFile.from_json, last["lists"]):
         try:
             file.file.check(out / file.file.name, digest=False)
@@ -215,7 +277,10 @@ def _usable(
         except StoreDamaged as error:
             log.warning("a file of lists is made anew: %s", error)
             continue
-        if len(live := _cover(covered, keys, lists.keys)):
+        if file.file.name in distrusted.files or np.isin(dropped, lists.keys).any():
+            log.warning("a file of lists is made anew: %s was found broken, or vectors in it", file.file.name)
+            continue
+        if len(live := _cover(contents.covered, contents.keys, lists.keys)):
             files.append(Written(file, lists, live))
     return centroids, files
 
@@ -237,9 +302,9 @@ def _runs(rows: Rows) -> list[list[int]]:
     return [[int(rows[start]), int(count)] for start, count in zip(starts, counts, strict=True)]
 
 
-def _train(out: Path, number: int, scan: Scan, row_of: Rows, rng: np.random.Generator) -> Centroids:
+def _train(out: Path, number: int, scan: Scan, row_of: Rows, rng: np.random.Generator, turn: Turn) -> Centroids:
     start_s = time.monotonic()
-    vectors_ld = train(scan, row_of, rng)
+    vectors_ld = train(scan, row_of, rng, turn.out_of_time)
     path = out / FOLDER / f"{number:06d}.h5"
     path.parent.mkdir(exist_ok=True)
     with new_h5(temporary(path)) as (file, check):
@@ -250,21 +315,20 @@ def _train(out: Path, number: int, scan: Scan, row_of: Rows, rng: np.random.Gene
 
 
 def _sort_in(
-    out: Path, number: int, scan: Scan, centroids: Centroids, files: list[Written], keys: Keys, row_of: Rows,
-    covered: npt.NDArray[np.bool_], turn: Turn,
-) -> list[Written]:  # fmt: skip
-    """The files of lists after everything that time allows is in one; `covered` follows."""
-    todo, vectors_ld = np.flatnonzero(~covered), centroids.vectors_ld
-    few = 2 * scan.dim * len(todo) <= TAIL_BYTES_MAX
+    out: Path, number: int, scan: Scan, centroids: Centroids, files: list[Written], contents: Contents, turn: Turn
+) -> list[Written]:
+    """The files of lists after everything that time allows is in one; it is covered then."""
+    keys, row_of, vectors_ld = contents.keys, contents.row_of, centroids.vectors_ld
+    todo = np.flatnonzero(~contents.covered)
+    few = contents.tail <= _few(scan)
     most = FILE_BYTES // scan.dim
     joined, kept = _joined(files, 0 if few else LISTS_EACH * len(todo), most)
     if (few and not joined) or (files and turn.out_of_time()):
         return files  # new centroids get their first rows whatever the time, or every night would train them in vain
     todo = todo[np.argsort(row_of[todo])]  # in the order of the data files, so that what is left is one stretch
-    total, made, start_s = len(todo), 0, time.monotonic()
+    total, start_s = len(todo), time.monotonic()
     last_line_s = start_s
     while joined or len(todo):
-        made += 1
         room = (most - sum(len(file.live) for file in joined)) // LISTS_EACH
         list_of: list[npt.NDArray[np.int64]] = []
         rows = 0
@@ -276,12 +340,13 @@ def _sort_in(
                 last_line_s = time.monotonic()
                 done = total - len(todo) + rows
                 log.info("ann: %s of %s rows sorted in %.0f s", f"{done:,}", f"{total:,}", last_line_s - start_s)
-        new, path = todo[:rows], out / FOLDER / f"{number:06d}-{made:06d}.h5"
+        new, paths = todo[:rows], (out / FOLDER / f"{number:06d}-{made:06d}.h5" for made in itertools.count(1))
+        path = next(path for path in paths if not path.exists())
         sources = [_again(file) for file in joined]
         if rows:
             sources.append(_new(scan, keys[new], row_of[new], np.concatenate(list_of), vectors_ld))
         kept.append(_write(out, path, scan.dim, len(vectors_ld), sources))
-        covered[new] = True
+        contents.covered[new] = True
         todo, joined = todo[rows:], []
         if turn.out_of_time():
             break
@@ -353,36 +418,54 @@ def _commit(path: Path) -> OwnFile:
     return own
 
 
-def _measure(lookup: Lookup, scan: Scan, row_of: Rows, rng: np.random.Generator) -> dict[str, Any]:
-    """The narrowest search that finds enough of the k best by distance, and what it takes; ties count as found."""
+def _measure(
+    lookup: Lookup, scan: Scan, row_of: Rows, rng: np.random.Generator, first: int, turn: Turn
+) -> tuple[dict[str, Any], bool]:
+    """The narrowest search, from `first` entries on, that finds enough of the k best by distance (ties count as found),
+    what it takes, and whether the question is settled: time may be over before. Lists slower than exact search are not
+    asked by readers, so they are not widened."""
     sample = np.sort(rng.choice(row_of, min(QUERIES, len(row_of)), replace=False))
     queries = scan.gather(sample)
     wanted = scan.kth_scores(queries, RECALL_K + 1) - 1e-5  # the query itself is stored; two kernels round differently
-    exact_ms: list[float] = []
-    for query in queries[:3]:
-        start_s = time.perf_counter()
-        scan.nearest(query, RECALL_K)
-        exact_ms.append(1000 * (time.perf_counter() - start_s))
-    recall, ann_ms, probed = 0.0, [0.0], float(PROBED)
-    while recall < RECALL_MIN:
-        lookup.probed = int(probed)
+    exact_ms = float(np.median([_timed(partial(scan.nearest, query, RECALL_K))[1] for query in queries[:TIMED]]))
+    tails: list[tuple[tuple[Rows, Scores], float]] = []  # found once, whatever is probed: a large tail is a scan
+    for probed in itertools.count():
+        lookup.probed = int(first * PROBED_STEP**probed)
         found: list[float] = []
-        ann_ms = []
-        for query, worst in zip(queries, wanted, strict=True):
-            start_s = time.perf_counter()
-            answer = lookup.nearest(query, RECALL_K + 1)
-            ann_ms.append(1000 * (time.perf_counter() - start_s))
+        ann_ms: list[float] = []
+        for number, (query, worst) in enumerate(zip(queries, wanted, strict=True)):
+            if number == len(tails):
+                tails.append(_timed(partial(lookup.tail, query, RECALL_K + 1)))
+            tail, tail_ms = tails[number]
+            if number < TIMED:  # what comes from the disk once says nothing of the day that follows
+                lookup.nearest(query, RECALL_K + 1, tail)
+            answer, ms = _timed(partial(lookup.nearest, query, RECALL_K + 1, tail))
+            ann_ms.append(ms + tail_ms)
             scores = scan.nearest(query, RECALL_K + 1)[1] if answer is None else answer[1]
             found.append(min(int(np.count_nonzero(scores >= worst)) - 1, RECALL_K) / RECALL_K)
+            slow = len(found) >= TIMED and not _pays(float(np.median(ann_ms)), exact_ms)
+            if slow:
+                break
         recall = float(np.mean(found))
-        if probed >= lookup.entries:
+        settled = slow or recall >= RECALL_MIN or lookup.probed >= lookup.entries
+        if settled or turn.out_of_time():
             break
-        probed *= PROBED_STEP
     return {
         "probed": lookup.probed,
         "recall": round(recall, 4),
         "recall_k": RECALL_K,
-        "queries": len(queries),
+        "queries": len(found),
         "ann_ms": round(float(np.median(ann_ms)), 3),
-        "exact_ms": round(float(np.median(exact_ms)), 3),
-    }
+        "exact_ms": round(exact_ms, 3),
+    }, settled
+
+
+def _pays(ann_ms: float, exact_ms: float) -> bool:
+    return ann_ms < exact_ms
+
+
+def _timed(ask: Callable[[], Answer]) -> tuple[Answer, float]:
+    """What it answers, and in how many milliseconds."""
+    start_s = time.perf_counter()
+    answer = ask()
+    return answer, 1000 * (time.perf_counter() - start_s)

@@ -11,7 +11,7 @@ centroids take 6 TFLOP to train and 8 to sort in.
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 
 import numpy as np
 import numpy.typing as npt
@@ -27,13 +27,15 @@ SCORE_BYTES = 64 << 20  # of the products at one time
 SUM_ROWS = 16_384  # added up at once: 32 MB at d = 512
 
 
-def train(scan: Scan, row_of: Rows, rng: np.random.Generator) -> Vectors:
-    """(l, d) centroids for these rows."""
+def train(scan: Scan, row_of: Rows, rng: np.random.Generator, out_of_time: Callable[[], bool]) -> Vectors:
+    """(l, d) centroids for these rows. Time that is over ends the rounds: less well placed ones are centroids, too."""
     lists = min(len(row_of), LISTS_MAX, int(PER_ROOT * len(row_of) ** 0.5))
     size = min(len(row_of), lists * SAMPLE_PER_LIST, SAMPLE_MAX)
     sample_nd = scan.gather(np.sort(rng.choice(row_of, size, replace=False)))
     centroids_ld = sample_nd[rng.choice(size, lists, replace=False)]
     for _ in range(ROUNDS):
+        if out_of_time():
+            break
         list_of = nearest_centroid(sample_nd, centroids_ld)
         sums_ld = np.zeros(centroids_ld.shape, np.float32)
         for first in range(0, size, SUM_ROWS):

@@ -20,7 +20,8 @@ import numpy.typing as npt
 from pipeline.store.ann import names_of
 from pipeline.store.check import Contents, Health, Prints, among, few, look_at, prints, read_shards
 from pipeline.store.check_ann import check_lists
-from pipeline.store.files import GENERATION_SCHEMA, digest_file
+from pipeline.store.files import GENERATION_SCHEMA, StoreDamaged, StoreError, digest_file
+from pipeline.store.generation import Generation
 from pipeline.store.manifest import LIVE, read_state
 from pipeline.store.publish import pinned
 from pipeline.store.shards import ShardInfo
@@ -30,6 +31,10 @@ PIECE_ROWS = 65_536
 AGAIN = "python -m pipeline.verify --repair publishes it again"
 DROP = "python -m pipeline.verify --repair drops this old generation"
 UNPIN = "Show another one, python -m pipeline.generations --show newest, and then python -m pipeline.verify --repair"
+
+
+class ShownDamaged(StoreError):
+    """Readers cannot open what they see."""
 
 
 @dataclass(slots=True)
@@ -50,6 +55,23 @@ class Kept:
     space: int
     state: int
     files: frozenset[str]
+
+
+def open_shown(out: Path) -> None:
+    """Open what readers see, as they do: a few milliseconds, for no byte of it is read.
+
+    Raises:
+        ShownDamaged: with what helps.
+    """
+    try:
+        Generation.open(out).close()
+    except (StoreError, OSError, ValueError, KeyError, TypeError) as error:
+        found = str(error)
+        if isinstance(error, StoreDamaged):  # what helps comes below
+            found = f"{error.path}: expected {error.expected}, found {error.found}"
+        raise ShownDamaged(
+            f"readers cannot open what they see: {found}. Run: python -m pipeline.verify --repair --out {out}"
+        ) from error
 
 
 def check_generations(out: Path, db: sqlite3.Connection, contents: Contents, health: Health) -> None:

@@ -26,11 +26,12 @@ import h5py
 import numpy as np
 import numpy.typing as npt
 
-from pipeline.store.files import GENERATION_SCHEMA, NoIndex, StoreDamaged, StoreError
+from pipeline.store.files import GENERATION_SCHEMA, NoIndex, StoreDamaged, StoreError, write_text
 from pipeline.store.listing import Scope
 from pipeline.store.shards import F16, ShardInfo, check_file, map_embeddings
 
 Check = Literal["size", "digest"]
+DISTRUSTED = "distrusted.json"  # beside generation.json
 ID_PIECE = 1 << 20
 COLUMN_PIECE = 1 << 16  # rows of a column at once, some MB of texts
 
@@ -66,6 +67,21 @@ class Block:
         return rows
 
 
+class Distrusted(NamedTuple):
+    """What a repair found wrong in lists, in a file of its own: generation.json is never changed."""
+
+    files: list[str]  # not what was written, or not of these vectors: the generation is searched exactly without them
+    keys: list[int]  # of vectors that were dropped: what the next lists must not take over
+
+    @classmethod
+    def read(cls, home: Path) -> Distrusted:
+        path = home / DISTRUSTED
+        return cls(**json.loads(path.read_text(encoding="utf-8"))) if path.is_file() else cls([], [])
+
+    def write(self, home: Path) -> None:
+        write_text(home / DISTRUSTED, json.dumps(self._asdict()))
+
+
 class Generation:
     def __init__(self, index: Path, home: Path, check: Check) -> None:
         content = _load(home / "generation.json")
@@ -76,8 +92,9 @@ class Generation:
         self.spec: dict[str, Any] = content["spec"]
         self.extra: dict[str, Any] = content["extra"]
         entry = content.get("ann")
-        # Of `lists`; None: exact search alone, for small indexes and for those of versions before lists.
-        self.ann: dict[str, Any] | None = entry if entry and "lists" in entry else None
+        # Of `lists`; None: exact search alone, for small indexes, those of versions before lists, and broken lists.
+        has_lists = entry and "lists" in entry and not Distrusted.read(home).files
+        self.ann: dict[str, Any] | None = entry if has_lists else None
         self.sources = {entry.pop("id"): Scope(**entry) for entry in content["sources"]}
         own = ShardInfo(**content["index"])
         check_file(index / own.name, own, check == "digest")
@@ -215,7 +232,10 @@ class Generation:
 
 
 def _load(path: Path) -> dict[str, Any]:
-    remedy = "Restore the folder from a backup, or point `current` at an older generation"
+    remedy = (
+        "python -m pipeline.verify --repair publishes it again; until then python -m pipeline.generations --show N "
+        "shows an older one"
+    )
     try:
         content: dict[str, Any] = json.loads(path.read_text(encoding="utf-8"))
     except FileNotFoundError:

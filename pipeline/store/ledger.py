@@ -19,6 +19,7 @@ from urllib.parse import quote
 from pipeline.store.files import NoIndex
 from pipeline.store.manifest import PENDING, explained
 from pipeline.store.publish import pinned
+from pipeline.store.store import refuse_lost_manifest
 
 T = TypeVar("T")
 PAGE_ROWS = 10_000
@@ -71,7 +72,7 @@ def take_stock(index: Path, *, examples: int, runs: int) -> Stock:
     """About 2 s per 10 million pictures.
 
     Raises:
-        NoIndex: there is no manifest. sqlite3.Error: it cannot be read.
+        NoIndex: there is no index. sqlite3.Error: its manifest is lost, or cannot be read.
     """
 
     def look(db: sqlite3.Connection) -> Stock:
@@ -132,11 +133,15 @@ def _read(index: Path, look: Callable[[sqlite3.Connection], T]) -> T:
     meanwhile, we look again through its log.
     """
     path = index / "manifest.sqlite"
+    refuse_lost_manifest(index)
     if not path.is_file():
         raise NoIndex(f"no index in {index}; make one: python -m pipeline.index --out {index} ...")
     try:
         return _look(path, look)
     except sqlite3.DatabaseError as error:
+        if "no such table" in str(error):
+            words = f"the first run into {index} ended before it knew a picture, maybe for a full disk; start it again"
+            raise NoIndex(words) from error
         raise explained(path, error) from error
 
 

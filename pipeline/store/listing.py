@@ -209,9 +209,10 @@ class Listing:
                 list(new.values()),
             )
             self._db.executemany(
-                "UPDATE input SET size = ?, mtime_ns = ?, etag = ?, locator = ?, meta_hash = ?,"
-                " content_hash = CASE WHEN ? THEN NULL ELSE content_hash END,"
-                " status = 'pending', reason = '', words = '', attempts = 0, last_seen = ? WHERE id = ?",
+                "UPDATE input SET size = ?1, mtime_ns = ?2, etag = ?3, locator = ?4, meta_hash = ?5,"
+                " content_hash = CASE WHEN ?6 THEN NULL ELSE content_hash END,"
+                " first_seen = CASE WHEN ?6 THEN ?7 ELSE first_seen END,"
+                " status = 'pending', reason = '', words = '', attempts = 0, last_seen = ?7 WHERE id = ?8",
                 changed,
             )
             self._db.executemany("UPDATE input SET locator = ?, meta_hash = ? WHERE id = ?", relabelled)
@@ -243,13 +244,18 @@ class Listing:
         set_bits(self._seen, rows)
 
     def preview(self) -> Preview:
-        """How many inputs `finish` would delete, of how many that are there now."""
-        live = self._count_live()
-        return Preview(live - self._count_seen(), live)
+        """How many inputs of the last listing that came to its end are gone, of how many that it left.
+
+        What came up since was never shown: if it counted, a root with other pictures would hide that ours are gone.
+        """
+        since = self._bits(f"{PENDING} AND first_seen > (SELECT listed FROM source WHERE source.id = scope)")
+        known = self._count_live() - int(np.count_nonzero(since))
+        return Preview(known - int(np.count_nonzero(self._seen_live() & ~since)), known)
 
     def finish(self) -> int:
         """The listing is complete: what it did not show is gone. Returns how many."""
-        gone = self._gone() if self.preview().gone else np.empty(0, np.int64)
+        some = self._count_live() > np.count_nonzero(self._seen_live())
+        gone = self._gone() if some else np.empty(0, np.int64)
         with transaction(self._db):
             self._db.executemany(
                 "UPDATE input SET status = 'deleted', last_seen = max(last_seen, "
@@ -271,25 +277,23 @@ class Listing:
         every, gone = (self._db.execute(sql + more, (self.scope,)) for more in ("", " AND status = 'deleted'"))
         return int(every.fetchone()[0]) - int(gone.fetchone()[0])
 
-    def _count_seen(self) -> int:
+    def _seen_live(self) -> Bits:
         """Of them, the ones that were seen: a container that is as it was may hold keys that were deleted before."""
-        deleted = np.zeros(len(self._seen), np.bool_)
-        rows = self._db.execute("SELECT id FROM input WHERE scope = ? AND status = 'deleted'", (self.scope,))
-        set_bits(deleted, rows)
-        return int(np.count_nonzero(self._seen & ~deleted))
+        return self._seen & ~self._bits("status = 'deleted'")
 
     def _gone(self) -> npt.NDArray[np.int64]:
         """Ids of the inputs of this scope that are neither deleted nor seen."""
-        gone = np.zeros(len(self._seen), np.bool_)
-        set_bits(gone, self._db.execute("SELECT id FROM input WHERE scope = ?", (self.scope,)))
-        set_bits(gone, self._db.execute("SELECT id FROM input WHERE scope = ? AND status = 'deleted'", (self.scope,)),
-                 value=False)  # fmt: skip
-        return np.flatnonzero(gone & ~self._seen)
+        return np.flatnonzero(self._bits("true") & ~self._bits("status = 'deleted'") & ~self._seen)
+
+    def _bits(self, condition: str) -> Bits:
+        bits = np.zeros(len(self._seen), np.bool_)
+        set_bits(bits, self._db.execute(f"SELECT id FROM input WHERE scope = ? AND {condition}", (self.scope,)))
+        return bits
 
 
-def set_bits(bits: Bits, rows: sqlite3.Cursor, value: bool = True) -> None:
+def set_bits(bits: Bits, rows: sqlite3.Cursor) -> None:
     while part := rows.fetchmany(FETCH_ROWS):
-        bits[np.fromiter((row[0] for row in part), np.int64, len(part))] = value
+        bits[np.fromiter((row[0] for row in part), np.int64, len(part))] = True
 
 
 def _turn_to_space(db: sqlite3.Connection, scope: int, space: int) -> None:

@@ -37,6 +37,7 @@ TAIL_COPY_BYTES = 16 << 20  # up to here the vectors of the tail are kept togeth
 SCORED_PER_ANSWER, SCORED_MIN = 8, 64  # entries that are scored again, by their vectors; more where few of them live
 DEAD_MAX = 0.5  # of the candidates; past it the neighbourhood has died, and a wider search looks further
 WIDER = 4  # times the entries, then
+LONG_MAX = 16  # times the entries: very many vectors are nearly equal here, and an exact search needs less memory
 CODE_MAX = 127
 REPAIR = "python -m pipeline.verify --repair makes it again; --exact answers without it"
 
@@ -92,11 +93,15 @@ class Lists:
         Raises:
             StoreDamaged: this is no such file.
         """
+        # Too many open files, or a failing disk, is no damage of this file: only what HDF5 says of its bytes is.
+        raw = np.memmap(path, np.uint8, "r")
         try:
             with h5py.File(path, "r", locking=False) as file:
                 starts: Rows = file["starts"][:]
-                codes_nd, scales, keys = (_mapped(path, file[name]) for name in ("codes", "scales", "keys"))
-        except (OSError, KeyError, ValueError) as error:
+                codes_nd, scales, keys = (_mapped(raw, file[name]) for name in ("codes", "scales", "keys"))
+        except (OSError, KeyError, ValueError, TypeError) as error:
+            if getattr(error, "errno", None):
+                raise
             raise StoreDamaged(path, "a file of lists", str(error), REPAIR) from None
         if starts[0] != 0 or starts[-1] != len(codes_nd) or np.any(np.diff(starts) < 0):
             raise StoreDamaged(path, f"lists of {len(codes_nd)} entries in /starts", f"{starts[[0, -1]]}", REPAIR)
@@ -108,14 +113,18 @@ class Lists:
         return np.repeat(np.arange(len(self.starts) - 1), np.diff(self.starts))
 
 
-def _mapped(path: Path, dataset: h5py.Dataset) -> npt.NDArray[Any]:
+def _mapped(raw: npt.NDArray[np.uint8], dataset: h5py.Dataset) -> npt.NDArray[Any]:
     """A plain array over the mapping: slices of it cost a third of those of numpy's memmap."""
-    return np.asarray(np.memmap(path, dataset.dtype, "r", dataset.id.get_offset(), dataset.shape))
+    return np.ndarray(dataset.shape, dataset.dtype, raw.data, dataset.id.get_offset())
 
 
 def content_keys(hashes: npt.NDArray[np.uint8]) -> Keys:
     """(n,) keys of (n, 16) content hashes."""
     return np.ascontiguousarray(hashes[:, :KEY_BYTES]).view("<u8")[:, 0]
+
+
+def key_of(content_hash: bytes) -> int:
+    return int.from_bytes(content_hash[:KEY_BYTES], "little")
 
 
 def read_centroids(path: Path) -> Vectors:
@@ -176,24 +185,33 @@ class Lookup:
             entry["probed"],
         )
 
-    def nearest(self, query_d: Query, k: int) -> tuple[Rows, Scores] | None:
-        """The k best live rows of the tail and of the lists that are looked at, with exact scores; best first, ties
-        by row. None: too few rows live around the query, so only an exact search can tell."""
+    def tail(self, query_d: Query, k: int) -> tuple[Rows, Scores]:
+        """The k best rows of the tail."""
+        if self._tail_mask is not None:
+            return self._scan.nearest(query_d, k, self._tail_mask)
+        return top(self._tail, score(self._tail_vectors, query_d), k)
+
+    def nearest(
+        self, query_d: Query, k: int, tail: tuple[Rows, Scores] | None = None
+    ) -> tuple[Rows, Scores] | None:
+        """The k best live rows of the tail (here, or as found before) and of the lists that are looked at, with exact
+        scores; best first, ties by row, but for which of very many equal ones are among them. None: too few rows live
+        around the query, or too many do, so only an exact search can tell."""
         check_query(query_d, self._scan.dim)
         code_1d, scale = encode(query_d[None])
         order = np.argsort(_products(self._centroid_codes, code_1d) * -self._centroid_scales)
         entries_before = np.cumsum(self._sizes[order])
         for probed in (self.probed, WIDER * self.probed):
-            count = int(np.searchsorted(entries_before, probed)) + 1
+            count = min(int(np.searchsorted(entries_before, probed)) + 1, len(order))
+            if entries_before[count - 1] > LONG_MAX * self.probed:
+                return None
             rows = self._live_rows(query_d, code_1d, scale, order[:count], k)
             if rows is not None:
                 break
         else:
             return None
-        if self._tail_mask is not None:
-            tail = self._scan.nearest(query_d, k, self._tail_mask)
-        else:
-            tail = top(self._tail, score(self._tail_vectors, query_d), k)
+        if tail is None:
+            tail = self.tail(query_d, k)
         scores = score(self._scan.gather(rows), query_d)
         return top(np.concatenate([rows, tail[0]]), np.concatenate([scores, tail[1]]), k)
 
@@ -214,8 +232,9 @@ class Lookup:
         wanted, everything = max(SCORED_MIN, SCORED_PER_ANSWER * k), False
         while not everything:
             everything = wanted >= len(scores)
-            worst = -np.inf if everything else np.partition(scores, len(scores) - wanted)[len(scores) - wanted]
-            best = np.unique(keys[scores >= worst])  # a content is in two lists, and in more once it went and came back
+            # No more than wanted, whatever the ties: a third of an index may be the same blank page.
+            at = slice(None) if everything else np.argpartition(scores, len(scores) - wanted)[len(scores) - wanted :]
+            best = np.unique(keys[at])  # a content is in two lists, and in more once it went and came back
             first = np.searchsorted(self._keys, best)
             several = np.searchsorted(self._keys, best, "right") - first
             if np.count_nonzero(several) < (1 - DEAD_MAX) * len(best):

@@ -95,12 +95,15 @@ class ManifestFailed(StoreError, sqlite3.OperationalError):
 
 
 class ManifestDamaged(StoreDamaged, sqlite3.DatabaseError):
-    """Its bytes are not what SQLite wrote."""
+    """It is lost, or its bytes are not what SQLite wrote."""
 
 
 # By the first words of SQLite's own name for what happened.
 _DAMAGE = ("SQLITE_CORRUPT", "SQLITE_NOTADB")
-RESTORE = "Restore manifest.sqlite from a backup, or index the sources again into a new folder"
+RESTORE = (
+    "Restore manifest.sqlite from a backup, or index the sources again into a new folder: it cannot be made again from "
+    "the other files; what was published is searched as before"
+)
 _REMEDIES = {
     "SQLITE_BUSY": "another program holds it, such as a backup or a sqlite3 shell; wait for it or end it",
     "SQLITE_LOCKED": "another program holds it, such as a backup or a sqlite3 shell; wait for it or end it",

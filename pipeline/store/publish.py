@@ -69,7 +69,8 @@ def publish(
     review: Review | None,
     turn: ann.Turn,
 ) -> int | None:
-    """Write the next generation and show it; when nothing changed since the last one of this space, show that one.
+    """Write the next generation and show it; when nothing changed since the last one of this space, and its lists are
+    complete or no time is left for them, show that one.
 
     None: another model's generation is shown, and this one's vectors are not complete, so that one stays. Once they
     are, `review` compares the two before readers see the new one. While a generation is pinned (see `show`), the new
@@ -82,7 +83,7 @@ def publish(
     if changes_model and missing(db, space_number):
         return None
     last = db.execute("SELECT number, space, state FROM generation ORDER BY number DESC LIMIT 1").fetchone()
-    if last and last[1:] == (space_number, state) and (folder(out, last[0]) / "generation.json").is_file():
+    if last and last[1:] == (space_number, state) and _is_done(folder(out, last[0]), turn):
         switch(db, out, last[0])  # a crash may have come between writing it and switching to it
         return int(last[0])
 
@@ -118,6 +119,11 @@ def publish(
     switch(db, out, number)
     prune(db, out, stale, keep)
     return number
+
+
+def _is_done(home: Path, turn: ann.Turn) -> bool:
+    """Whether another generation of the same pictures would show nothing better: its lists may be unfinished."""
+    return (home / "generation.json").is_file() and (turn.out_of_time() or ann.is_complete(home))
 
 
 def shown_generation(db: sqlite3.Connection, out: Path) -> tuple[int | None, int | None]:

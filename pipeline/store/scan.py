@@ -74,6 +74,7 @@ class Scan:
                 kth = float(np.partition(scores[at], len(at) - k)[len(at) - k])
                 floor = max(floor, kth)  # of two threads the lower one may win: right, if not the best
                 at = at[scores[at] >= kth]
+                at = at[np.argsort(-scores[at], kind="stable")[:k]]  # of many equal ones the first rows
             return (rows[at] if rows is not None else self._rows_at(piece[0], piece[1].start + at)), scores[at]
 
         nothing = np.empty(0, np.int64), np.empty(0, np.float32)

@@ -113,7 +113,10 @@ def check_vectors(emb_nd: Vectors, dim: int) -> None:
 
 def check_file(path: Path, info: ShardInfo, digest: bool) -> None:
     """A data file must be what it was when it was written: there, of the same size and, if asked, the same bytes."""
-    remedy = "Restore the file from a backup, or index the source again into a new folder"
+    remedy = (
+        "python -m pipeline.verify --repair makes it again, from the pictures where they are needed; without them "
+        "restore it from a backup"
+    )
     try:
         size = path.stat().st_size
     except FileNotFoundError:

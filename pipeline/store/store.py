@@ -36,6 +36,8 @@ from pipeline.store.listing import Container, Listing, Observed, Preview, Scope
 from pipeline.store.manifest import (
     CONTENT_OF_EACH,
     PENDING,
+    RESTORE,
+    ManifestDamaged,
     bump_state,
     connect,
     select_in,
@@ -118,7 +120,7 @@ class Store:
         out.mkdir(parents=True, exist_ok=True)
         lock = take_lock(out / "lock")
         try:
-            _refuse_lost_manifest(out)
+            refuse_lost_manifest(out)
             for name in (*publishing.FILE_FOLDERS, "generations", "runs"):
                 (out / name).mkdir(exist_ok=True)
             sync(out)
@@ -347,6 +349,7 @@ def show_generation(out: Path, number: int | None) -> int:
     Raises:
         NoIndex, StoreError: there is no such generation. Locked: a run is writing.
     """
+    refuse_lost_manifest(out)
     if not (out / "manifest.sqlite").is_file():
         raise NoIndex(f"no index in {out}; make one: python -m pipeline.index --out {out} ...")
     lock = take_lock(out / "lock")
@@ -360,15 +363,15 @@ def show_generation(out: Path, number: int | None) -> int:
         os.close(lock)
 
 
-def _refuse_lost_manifest(out: Path) -> None:
-    """Without its manifest every shard would look like garbage, and be swept."""
+def refuse_lost_manifest(out: Path) -> None:
+    """Without its manifest every shard would look like garbage, and be swept; and the folder like one without an index.
+
+    Raises:
+        ManifestDamaged: it is not there, and something that it named is.
+    """
     if (out / "manifest.sqlite").exists():
         return
     for kind in publishing.DATA_FOLDERS:
         if (found := next((out / kind).glob("*.h5"), None)) is not None:
-            raise StoreDamaged(
-                out / "manifest.sqlite",
-                f"the manifest of {found.relative_to(out)} and its like",
-                "no file",
-                "Restore it from a backup, or index into a new folder with --out",
-            )
+            expected = f"the manifest of {found.relative_to(out)} and its like"
+            raise ManifestDamaged(out / "manifest.sqlite", expected, "no file", RESTORE)

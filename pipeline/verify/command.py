@@ -1,8 +1,8 @@
 """`python -m pipeline.verify`: is everything in the index what it was when it was written, and what its pictures give?
 
     quick     every byte of the data files, every row of the manifest, every row of index.h5 against each other
-    sample    quick, and some rows embedded again from their pictures
-    full      quick, and every row embedded again
+    sample    quick, and some pictures embedded again, up to half of them such as readers do not see yet
+    full      quick, and every picture embedded again
 
 It takes no lock, so a nightly run is never kept out. While one is going on it refuses (exit 4); should one begin in
 between, what it found is not to be trusted and it says so (exit 4 too). With `--repair` it is a writer like any other.
@@ -22,30 +22,35 @@ from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
 
-import numpy as np
 from rich.console import Console
 from rich.table import Table
+from rich.text import Text
 
 from engines import EngineUnavailable
-from engines.spec import ArtifactMissing, ModelSpec
+from engines.spec import ArtifactMissing, ModelSpec, find_artifact
 from pipeline.batch import DeviceUnavailable
 from pipeline.config import UsageError
 from pipeline.devices import EngineWish, resolve_devices
 from pipeline.exits import DAMAGED, DONE, FAILED, LOCKED, USAGE
 from pipeline.failures import words
 from pipeline.sources import SourceError
-from pipeline.store import Generation, Locked, NoIndex, StoreError
+from pipeline.store import Locked, NoIndex, StoreError
 from pipeline.store.check import Finding, Health, check_data, open_readonly
 from pipeline.store.check_shown import check_generations
 from pipeline.store.drop import drop_broken
-from pipeline.store.manifest import RESTORE, SCHEMA_VERSION, connect, other_schema
+from pipeline.store.manifest import RESTORE, SCHEMA_VERSION, ManifestDamaged, connect, other_schema
+from pipeline.store.store import refuse_lost_manifest
+from pipeline.terminal import printable, reader_may_leave
 from pipeline.verify.config import VerifyConfig, parse
 from pipeline.verify.reembed import Comparison, compare_on
 from pipeline.verify.repair import Dropped, RepairFailed, artifact_of, embed_again, locked
+from pipeline.verify.sample import Space, draw, open_sources
 
 log = logging.getLogger("nightjar")
 
 SCHEMA = 1
+SHARE_MIN = 0.5
+REEMBED = "python -m pipeline.verify full --repair finds all of its kind and embeds them again"
 
 
 @dataclass(frozen=True)
@@ -67,15 +72,14 @@ def verify(cfg: VerifyConfig) -> Verdict:
         EngineUnavailable, DeviceUnavailable: one line each.
     """
     start_s = time.monotonic()
-    if not (cfg.out / "manifest.sqlite").is_file():
-        raise NoIndex(f"no manifest in {cfg.out}; make an index: python -m pipeline.index --out {cfg.out} ...")
     health, sample, dropped = check(cfg)
     embedded = None
     if cfg.repair and health.findings and all(one.remedy != RESTORE for one in health.findings):
         report(health.findings)
         embedded = embed_again(cfg, health, dropped)
         health, sample, _ = check(VerifyConfig(cfg.out))
-    return Verdict(health, sample, embedded, time.monotonic() - start_s, DAMAGED if health.findings else DONE)
+    code = DAMAGED if health.findings else USAGE if unchecked(sample) else DONE
+    return Verdict(health, sample, embedded, time.monotonic() - start_s, code)
 
 
 def check(cfg: VerifyConfig) -> tuple[Health, Comparison | None, list[Dropped]]:
@@ -89,13 +93,14 @@ def check(cfg: VerifyConfig) -> tuple[Health, Comparison | None, list[Dropped]]:
                 raise sqlite3.DatabaseError("; ".join(faults))
             check_generations(cfg.out, db, check_data(cfg.out, db, health), health)
             check_spec(cfg.out, health)
-            sound = health.generation is not None and health.generation not in health.broken.generations
-            if cfg.level != "quick" and sound:
+            if cfg.level != "quick":
                 sample = embed_and_compare(cfg, db, health)
             if cfg.repair and health.findings:
                 dropped = drop_broken(cfg.out, db, health.broken)
     except sqlite3.OperationalError:  # busy, or a full disk: says nothing about the file
         raise
+    except ManifestDamaged as error:
+        health.add("manifest", "manifest.sqlite", error.expected, error.found, RESTORE)
     except sqlite3.DatabaseError as error:
         health.add("manifest", "manifest.sqlite", "a sound SQLite file", str(error), RESTORE)
     return health, sample, dropped
@@ -105,6 +110,9 @@ def check(cfg: VerifyConfig) -> tuple[Health, Comparison | None, list[Dropped]]:
 def opened(cfg: VerifyConfig) -> Iterator[sqlite3.Connection]:
     """The manifest: a snapshot for looking, or under the lock for a repair."""
     path = cfg.out / "manifest.sqlite"
+    refuse_lost_manifest(cfg.out)
+    if not path.is_file():
+        raise NoIndex(f"no manifest in {cfg.out}; make an index: python -m pipeline.index --out {cfg.out} ...")
     if cfg.repair:
         with locked(cfg.out), contextlib.closing(connect(path)) as db:
             yield db
@@ -116,10 +124,13 @@ def opened(cfg: VerifyConfig) -> Iterator[sqlite3.Connection]:
         if schema != SCHEMA_VERSION:
             raise StoreError(other_schema(path, schema))
         first = _runs(db)
-        yield db
-    with contextlib.closing(open_readonly(cfg.out)) as db:
-        if _runs(db) != first:
-            raise Locked(f"a run began in {cfg.out} while it was verified, so files came and went; verify it again")
+        try:
+            yield db
+        finally:  # a file that a run took away in the midst of it is no damage either
+            with contextlib.closing(open_readonly(cfg.out)) as now:
+                if _runs(now) != first:
+                    found = f"a run began in {cfg.out} while it was verified"
+                    raise Locked(f"{found}, so files came and went; verify it again")
 
 
 def _runs(db: sqlite3.Connection) -> int:
@@ -153,24 +164,49 @@ def check_spec(out: Path, health: Health) -> None:
         health.add("wrong space", where, f"the spec of {content['space']}", f"that of {space}")
 
 
-def embed_and_compare(cfg: VerifyConfig, db: sqlite3.Connection, health: Health) -> Comparison:
-    """Rows of the generation that readers see, embedded again."""
-    with Generation.open(cfg.out) as generation:
-        rows = np.arange(generation.rows)
-        if cfg.level == "sample":
-            rng = np.random.default_rng(cfg.seed)
-            rows = np.sort(rng.choice(rows, min(cfg.rows, generation.rows), replace=False))
-        wish = EngineWish(artifact_of(cfg, generation.space), cfg.runtime, cfg.precision)
-        found = compare_on(resolve_devices(cfg.devices, wish), wish, cfg.out, generation.number, rows)
-        space = db.execute("SELECT id FROM space WHERE name = ?", (generation.space,)).fetchone()[0]
+def embed_and_compare(cfg: VerifyConfig, db: sqlite3.Connection, health: Health) -> Comparison | None:
+    """Pictures that readers see, or would see after the next publish. None: no picture has a vector."""
+    if (space := _space(cfg, db, health)) is None:
+        return None
+    sources = open_sources(db)
+    drawn = draw(db, space, health, sources, cfg.rows if cfg.level == "sample" else None, cfg.seed)
+    if not drawn.there:
+        return Comparison(0, drawn.away, 0) if drawn.away else None
+    wish = EngineWish(artifact_of(cfg, space.name), cfg.runtime, cfg.precision)
+    found = compare_on(resolve_devices(cfg.devices, wish), wish, cfg.out, space, drawn, sources)
     for off in found.off:
-        health.broken.contents.add((off.content_hash, space))
-        health.add("vector", f"index.h5, row {off.row}: {off.key}", "what its picture gives", off.words)
+        health.broken.contents.add((off.content_hash, space.number))
+        health.add("vector", f"{off.where}: {off.key}", "what its picture gives", off.words, REEMBED)
     if found.error > found.error_allowed:
         expected = f"a mean error/spread of at most {found.error_allowed:.3f} with {found.engine}"
         remedy = "Measure the engines of this host again: make engines. If they pass, index into a new folder"
-        health.add("vector", "index.h5", expected, f"{found.error:.3f} over {found.compared:,} rows", remedy)
+        health.add("vector", "embeddings", expected, f"{found.error:.3f} over {found.compared:,} rows", remedy)
     return found
+
+
+def _space(cfg: VerifyConfig, db: sqlite3.Connection, health: Health) -> Space | None:
+    """That of --model, else what readers see, else what the last run made."""
+    row = db.execute(
+        "SELECT id, name, dim FROM space WHERE CASE WHEN :name IS NULL THEN id = coalesce("
+        "(SELECT space FROM generation WHERE number = :shown), (SELECT space FROM run ORDER BY number DESC LIMIT 1)) "
+        "ELSE name = :name END",
+        {"name": find_artifact(cfg.model).spec.space if cfg.model else None, "shown": health.generation},
+    ).fetchone()
+    if row is None and cfg.model:
+        raise UsageError(f"{cfg.out} has no vectors of --model {cfg.model}; leave --model out, or index with it")
+    return Space(*row) if row else None
+
+
+def unchecked(sample: Comparison | None) -> str:
+    """Why nothing can be said of the vectors; empty where those compared speak for at least half of the pictures."""
+    if sample is None or sample.share >= SHARE_MIN:
+        return ""
+    return (
+        f"the vectors could not be checked: {sample.compared:,} of {sample.rows:,} pictures could be compared, "
+        f"{sample.changed:,} have changed, {sample.unreadable:,} cannot be read, {sample.away:,} more are of sources "
+        f"that are not there; expected {SHARE_MIN:.0%} of all at least. Mount the sources, index what has changed, "
+        "and verify again"
+    )
 
 
 # ---- what a person or a machine sees -----------------------------------------------------------------------------
@@ -178,7 +214,8 @@ def embed_and_compare(cfg: VerifyConfig, db: sqlite3.Connection, health: Health)
 
 def report(findings: list[Finding]) -> None:
     for one in findings:
-        log.warning("%s: %s: expected %s, found %s. %s", one.what, one.where, one.expected, one.found, one.remedy)
+        words = f"{one.what}: {one.where}: expected {one.expected}, found {one.found}. {one.remedy}"
+        log.warning("%s", printable(words))
 
 
 def summary(cfg: VerifyConfig, verdict: Verdict) -> dict[str, Any]:
@@ -189,7 +226,8 @@ def summary(cfg: VerifyConfig, verdict: Verdict) -> dict[str, Any]:
         "files": health.files, "bytes": health.bytes, "vectors": health.vectors, "inputs": health.inputs,
         "behind": health.behind, "findings": [asdict(one) for one in health.findings],
         "sample": {**compared, "off": len(sample.off)} if sample and compared else None,
-        "embedded": verdict.embedded, "seconds": round(verdict.seconds, 3), "exit": verdict.exit,
+        "unchecked": unchecked(sample), "embedded": verdict.embedded,
+        "seconds": round(verdict.seconds, 3), "exit": verdict.exit,
     }  # fmt: skip
 
 
@@ -198,13 +236,16 @@ def show(cfg: VerifyConfig, verdict: Verdict) -> None:
     if health.findings and console.is_terminal:
         table = Table("what", "where", "expected", "found", "remedy")
         for one in health.findings:
-            table.add_row(one.what, one.where, one.expected, one.found, one.remedy)
+            cells = (one.what, one.where, one.expected, one.found, one.remedy)
+            table.add_row(*(Text(printable(cell)) for cell in cells))
         console.print(table)
     else:
         report(health.findings)
+    shown = "nothing published" if health.generation is None else f"generation {health.generation}"
     print(
-        f"{cfg.out}: generation {health.generation}, {health.files} files of {health.bytes / 1e6:,.1f} MB, "
-        f"{health.vectors:,} vectors, {health.inputs:,} rows of index.h5 in {verdict.seconds:.1f} s"
+        f"{printable(str(cfg.out))}: {shown}, {health.files} files of "
+        f"{health.bytes / 1e6:,.1f} MB, {health.vectors:,} vectors, {health.inputs:,} rows of index.h5 "
+        f"in {verdict.seconds:.1f} s"
     )
     if health.behind:
         print(f"{health.behind}: python -m pipeline.index makes it level")
@@ -213,11 +254,12 @@ def show(cfg: VerifyConfig, verdict: Verdict) -> None:
             f"{sample.compared:,} of {sample.rows:,} pictures embedded again with {sample.engine}: "
             f"{sample.same_bits:,} with the same bits ({sample.bits_due:,} have to), mean error/spread "
             f"{sample.error:.5f} (allowed {sample.error_allowed:.3f}); {sample.changed:,} have changed, "
-            f"{sample.unreadable:,} cannot be read"
+            f"{sample.unreadable:,} cannot be read, {sample.away:,} more are of sources that are not there"
         )
     if verdict.embedded is not None:
         print(f"repaired: {verdict.embedded:,} pictures embedded again")
-    print(f"{len(health.findings)} findings" if health.findings else "nothing is wrong")
+    count = len(health.findings)
+    print(f"{count} finding{'s' * (count > 1)}" if count else unchecked(sample) or "nothing is wrong")
 
 
 def main(argv: list[str] | None = None) -> int:
@@ -237,10 +279,11 @@ def main(argv: list[str] | None = None) -> int:
         return _fail(error.code, error, as_json)
     except (StoreError, OSError, MemoryError, sqlite3.Error) as error:
         return _fail(FAILED, error, as_json)
-    if cfg.json:
-        print(json.dumps(summary(cfg, verdict)), flush=True)
-    else:
-        show(cfg, verdict)
+    with reader_may_leave():
+        if cfg.json:
+            print(json.dumps(summary(cfg, verdict)))
+        else:
+            show(cfg, verdict)
     return verdict.exit
 
 

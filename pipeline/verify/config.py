@@ -18,7 +18,8 @@ EXAMPLES = """examples:
   python -m pipeline.verify full --out inat2021-index --json
   python -m pipeline.verify --repair --out inat2021-index             embed what is broken again, and nothing else
 
-exit codes: 0 nothing wrong (or all of it repaired), 1 failed, 2 usage, 4 a run writes to the index, 7 damage found"""
+exit codes: 0 nothing wrong (or all of it repaired), 1 failed, 2 usage, or fewer than half of the pictures could be
+compared, 4 a run writes to the index, 7 damage found"""
 
 
 @dataclass(frozen=True)

@@ -1,4 +1,4 @@
-"""Rows of a published generation, embedded again from their pictures and compared with what is stored.
+"""Pictures embedded again and compared with the vectors that are stored for them.
 
 The road is that of a run: the source reads, the stages of a lane decode and resize, an engine gives vectors. A row that
 this very engine made on a CPU, in a run with the libraries that are here now, must come out with the same bits. All
@@ -8,7 +8,6 @@ golden vectors, for which every engine of the artifact has passed its own bar.
 
 from __future__ import annotations
 
-import json
 import logging
 import multiprocessing
 import os
@@ -17,6 +16,7 @@ from collections import deque
 from collections.abc import Iterator
 from concurrent.futures import ProcessPoolExecutor, ThreadPoolExecutor
 from concurrent.futures.process import BrokenProcessPool
+from contextlib import closing
 from dataclasses import dataclass, field
 from pathlib import Path
 
@@ -31,8 +31,10 @@ from pipeline.devices import Devices, EngineWish, lane_specs, open_lane_engine, 
 from pipeline.lanes import ENGINE_SLOTS_MAX, Board, see_only
 from pipeline.run_record import versions
 from pipeline.run_reports import read_report
-from pipeline.sources import Source, open_source
-from pipeline.store import Generation, Picture, Scope, content_hash
+from pipeline.store import content_hash
+from pipeline.store.check import open_readonly
+from pipeline.store.shards import ShardInfo
+from pipeline.verify.sample import Drawn, Row, Sources, Space, read_files, read_rows, read_vectors
 
 log = logging.getLogger("nightjar")
 
@@ -50,7 +52,7 @@ DECODERS = ("nightjar", "numpy", "pillow", "pillow-heif", "simplejpeg")  # packa
 class Off:
     """A row that is not what its picture gives."""
 
-    row: int  # of index.h5
+    where: str  # data file and row
     key: str
     content_hash: bytes
     words: str
@@ -60,10 +62,12 @@ class Off:
 class Comparison:
     """What became of the rows: rows = compared + changed + unreadable. Errors are in spreads."""
 
-    engine: str
     rows: int
-    error_allowed: float  # of the mean
-    row_error_allowed: float
+    away: int  # pictures of sources that are not there: none of the rows is of them
+    there: int  # all others, of which the rows were drawn
+    engine: str = ""
+    error_allowed: float = 0.0  # of the mean
+    row_error_allowed: float = 0.0
     compared: int = 0
     same_bits: int = 0
     bits_due: int = 0  # of those compared: made by this engine with these libraries, so the bits must be the same
@@ -72,45 +76,50 @@ class Comparison:
     error: float = 0.0  # mean of the compared rows that are not off
     off: list[Off] = field(default_factory=list)
 
+    @property
+    def share(self) -> float:
+        """Of all the pictures, the part that those compared speak for."""
+        return self.compared / max(1, self.rows) * self.there / max(1, self.there + self.away)
+
 
 @dataclass(slots=True)
 class _Group:
-    """Some rows of the generation and what is stored for them."""
+    """Some pictures and what is stored for them."""
 
-    rows: npt.NDArray[np.int64]
-    keys: list[str]
-    pictures: list[Picture]
-    hashes: list[bytes]
+    rows: list[Row]
     stored_nd: npt.NDArray[np.float16]
     bits_due: npt.NDArray[np.bool_]  # (n,) whether a row must come out with the same bits
 
 
-def compare_on(devices: Devices, wish: EngineWish, index: Path, number: int, rows: npt.NDArray[np.int64]) -> Comparison:
-    """Embed `rows` of index.h5 of generation `number` again, on the first of `devices`.
+def compare_on(
+    devices: Devices, wish: EngineWish, index: Path, space: Space, drawn: Drawn, sources: Sources
+) -> Comparison:
+    """Embed what was drawn again, on the first of `devices`.
 
     Raises:
-        SourceError: a source of the generation is not there. EngineUnavailable, DeviceUnavailable: no such engine here.
+        EngineUnavailable, DeviceUnavailable: no such engine here.
     """
     device = devices.names[0]
     log.info("embedded again on %s: %s", device, devices.reason)
     if device == "cpu":
-        return compare(devices, wish, index, number, rows)
+        return compare(devices, wish, index, space, drawn, sources)
     # One process sees one GPU, and this one has counted them all.
     context = multiprocessing.get_context("spawn")
     with ProcessPoolExecutor(1, context, see_only, (device,)) as pool:
         try:
-            return pool.submit(compare, devices, wish, index, number, rows).result()
+            return pool.submit(compare, devices, wish, index, space, drawn, sources).result()
         except BrokenProcessPool:
             raise DeviceUnavailable(
                 f"{device} took the process down that embedded pictures again; try --devices cpu, and make gpu-check"
             ) from None
 
 
-def compare(devices: Devices, wish: EngineWish, index: Path, number: int, rows: npt.NDArray[np.int64]) -> Comparison:
+def compare(
+    devices: Devices, wish: EngineWish, index: Path, space: Space, drawn: Drawn, sources: Sources
+) -> Comparison:
     """As `compare_on`, in this process."""
     artifact = wish.artifact
-    with Generation.at(index, number) as generation, ThreadPoolExecutor(READ_THREADS) as pool:
-        sources = {_name(scope): _open(scope) for scope in generation.sources.values()}
+    with closing(open_readonly(index)) as db, ThreadPoolExecutor(READ_THREADS) as pool:
         spec = lane_specs(devices, next(iter(sources.values())), wish, Path(os.devnull))[0]
         engine, board = open_lane_engine(spec), Board(spec.decode_threads + ENGINE_SLOTS_MAX)
         stages = open_stages(spec, board, engine)
@@ -119,76 +128,63 @@ def compare(devices: Devices, wish: EngineWish, index: Path, number: int, rows: 
         allowed = max(SPREAD_ERROR_MAX[p] for p in [*made_by, "bf16"]) + SPREAD_ERROR_MAX[engine.card.precision]
         allowed += STORED_ERROR
         found = Comparison(
-            f"{engine.card.runtime} {engine.card.precision}", len(rows), allowed, ROW_FACTOR * allowed
+            len(drawn.ids), drawn.away, drawn.there, f"{engine.card.runtime} {engine.card.precision}", allowed,
+            ROW_FACTOR * allowed,
         )  # fmt: skip
         unit, errors, line_s = spread(golden(artifact, "vision")[1]), 0.0, time.monotonic()
-        same = _same_engine(index, generation, engine.card) if spec.kind == "cpu" else []
-        for first in range(0, len(rows), GROUP_ROWS):
-            group = _group(generation, rows[first : first + GROUP_ROWS], same)
+        files = read_files(db, space)
+        same = _same_engine(index, files, engine.card) if spec.kind == "cpu" else set()
+        for first in range(0, found.rows, GROUP_ROWS):
+            rows = read_rows(db, space, drawn.ids[first : first + GROUP_ROWS])
+            group = _Group(rows, read_vectors(index, files, rows), np.array([row.file in same for row in rows]))
             batches = _batches(group, sources, engine.card.batch, pool, found)
             for batch in _embed(engine, stages, batches):
                 errors += _judge(group, batch, unit, found)
                 if time.monotonic() - line_s >= LINE_S:
                     line_s = time.monotonic()
-                    log.info("embedded again: %s of %s rows", f"{first + int(batch.ids.max()):,}", f"{len(rows):,}")
+                    log.info("embedded again: %s of %s rows", f"{first + int(batch.ids.max()):,}", f"{found.rows:,}")
         stages.close()
     found.error = errors / max(1, found.compared - len(found.off))
     return found
 
 
-def _same_engine(index: Path, generation: Generation, card: EngineCard) -> list[tuple[int, int]]:
-    """Stretches of index.h5, first row and end, whose vectors this engine made with the libraries that are here now.
+def _same_engine(index: Path, files: dict[str, ShardInfo], card: EngineCard) -> set[str]:
+    """Data files whose vectors this engine made with the libraries that are here now.
 
     Decoders are in no card, and a new release may decode to other levels; the record of a run says what it had. A
     segment holds vectors of many runs, so nothing is known of it.
     """
     now = {package: version for package, version in versions().items() if package in DECODERS}
-    same = []
-    for block in generation.blocks():
-        folder, _, name = block.name.partition("/")
-        if block.engine != card.identity or folder != "shards":
-            continue
-        then = (read_report(index, int(name.partition("-")[0])) or {}).get("versions", {})
+    run_of = {
+        name: int(name.removeprefix("shards/").partition("-")[0])
+        for name, info in files.items()
+        if info.engine == card.identity and name.startswith("shards/")
+    }
+    same = set()
+    for run in set(run_of.values()):
+        then = (read_report(index, run) or {}).get("versions", {})
         if {package: version for package, version in then.items() if package in DECODERS} == now:
-            same.append((block.first_row, block.first_row + block.live))
-    return same
-
-
-def _name(scope: Scope) -> str:
-    return json.dumps([scope.kind, scope.root, dict(scope.options)], sort_keys=True)
-
-
-def _open(scope: Scope) -> Source:
-    return open_source(scope.kind, scope.root, split=scope.options.get("split"))
-
-
-def _group(generation: Generation, rows: npt.NDArray[np.int64], same: list[tuple[int, int]]) -> _Group:
-    bits_due = np.zeros(len(rows), np.bool_)
-    for first, end in same:
-        bits_due |= (rows >= first) & (rows < end)
-    return _Group(
-        rows, generation.keys(rows), generation.pictures(rows), generation.content_hashes(rows),
-        generation.vectors(rows), bits_due,
-    )  # fmt: skip
+            same.add(run)
+    return {name for name, run in run_of.items() if run in same}
 
 
 def _batches(
-    group: _Group, sources: dict[str, Source], size: int, pool: ThreadPoolExecutor, found: Comparison
+    group: _Group, sources: Sources, size: int, pool: ThreadPoolExecutor, found: Comparison
 ) -> Iterator[Batch]:
     """Full batches of the pictures that still have their bytes; their ids are places in the group."""
 
-    def read(picture: Picture) -> bytes | None:
+    def read(row: Row) -> bytes | None:
         try:
-            return sources[_name(picture.source)].read(picture.locator, picture.size_bytes)
+            return sources[row.scope].read(row.locator, row.size_bytes)
         except BadImage:
             return None
 
     fresh: list[tuple[int, bytes]] = []
     for first in range(0, len(group.rows), size):
-        for at, encoded in enumerate(pool.map(read, group.pictures[first : first + size]), first):
+        for at, encoded in enumerate(pool.map(read, group.rows[first : first + size]), first):
             if encoded is None:
                 found.unreadable += 1
-            elif content_hash(encoded) != group.hashes[at]:
+            elif content_hash(encoded) != group.rows[at].content_hash:
                 found.changed += 1
             else:
                 fresh.append((at, encoded))
@@ -243,5 +239,6 @@ def _judge(group: _Group, batch: Batch, unit: float, found: Comparison) -> float
         else:
             total += float(errors[place])
             continue
-        found.off.append(Off(int(group.rows[at]), group.keys[at], group.hashes[at], words))
+        row = group.rows[at]
+        found.off.append(Off(f"{row.file}, row {row.row}", row.key, row.content_hash, words))
     return total
