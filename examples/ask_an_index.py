@@ -1,6 +1,6 @@
 """What a program can ask an index, step by step. Run it on any index; with the one that `make demo` leaves:
 
-    python examples/ask_an_index.py demo/index "a blue star"
+    python examples/ask_an_index.py demo-out/index "a blue star"
 
 Each step prints what it found. `docs/search.md` explains queries, filters and relevance.
 """

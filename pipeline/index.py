@@ -10,6 +10,7 @@ from __future__ import annotations
 
 import json
 import logging
+import shlex
 import sqlite3
 import sys
 import time
@@ -25,13 +26,14 @@ from pipeline.failures import FAILURES, TooManyDeletions, exit_code, words
 from pipeline.model_change import ModelChange, compare_models
 from pipeline.progress import Display, TransferBar
 from pipeline.run_record import Clock, run_record
-from pipeline.run_reports import publishing_s, tell_unended, work_s
+from pipeline.run_reports import publishing_s, tell_unended, unlisted_words, work_s
 from pipeline.scheduler import Sharing, Totals
 from pipeline.shares import POLICIES
 from pipeline.sources import Damage, SourceError
 from pipeline.sources.download import download_inat2021
 from pipeline.stop import Stop
 from pipeline.store import Counts, Generation, Scope, Store, Turn
+from pipeline.store.check_shown import open_shown
 from pipeline.store.files import write_text
 
 log = logging.getLogger("nightjar")
@@ -40,6 +42,18 @@ SCHEMA = 1
 OBSERVE_ROWS = 2000  # listed rows per transaction: one fsync for two thousand pictures
 UNLISTED_SHOWN = 24
 NOTHING = Counts(0, 0, 0, 0, {})
+
+
+@dataclass
+class Unlisted:
+    """Parts of the source, folders or containers, that could not be listed to their end in this run."""
+
+    count: int = 0
+    examples: list[Damage] = field(default_factory=list)  # the first few
+
+    def add(self, damage: Damage) -> None:
+        self.count += 1
+        self.examples += [damage] if len(self.examples) < UNLISTED_SHOWN else []
 
 
 @dataclass(frozen=True)
@@ -53,6 +67,7 @@ class Report:
     copied: int
     quarantined: int
     quarantined_new: int
+    unlisted: Unlisted
     pending: int
     deleted: int
     seconds: float
@@ -77,8 +92,7 @@ class Indexed:
     deleted: int = 0
     counts: Counts = NOTHING
     totals: Totals = field(default_factory=Totals)
-    unlisted: list[Damage] = field(default_factory=list)  # the first few
-    unlisted_count: int = 0
+    unlisted: Unlisted = field(default_factory=Unlisted)
 
 
 class Published(NamedTuple):
@@ -134,8 +148,7 @@ def index_source(cfg: Config, store: Store, stop: Stop, indexed: Indexed) -> Non
 
 def write_record(cfg: Config, indexed: Indexed, report: Report, **more: object) -> None:
     record = run_record(cfg, indexed.run, indexed.counts, indexed.totals, indexed.clock)
-    unlisted = {"count": indexed.unlisted_count, "examples": [asdict(damage) for damage in indexed.unlisted]}
-    content = {**asdict(report), **record, "unlisted": unlisted, **more}
+    content = {**asdict(report), **record, **more}
     write_text(cfg.out / "runs" / f"{indexed.run}.json", json.dumps(content, indent=1))
 
 
@@ -160,7 +173,7 @@ def observe(cfg: Config, store: Store, stop: Stop, indexed: Indexed) -> None:
     """List the source and let the manifest decide what is new, changed or known.
 
     Raises:
-        SourceError: the root itself went away meanwhile; nothing is deleted.
+        SourceError: the root itself went away meanwhile, so nothing is deleted; or a first listing found no picture.
     """
     items: list[Item] = []
     damaged: set[str] = set()
@@ -174,8 +187,7 @@ def observe(cfg: Config, store: Store, stop: Stop, indexed: Indexed) -> None:
                 raise SourceError(f"root {root} could not be listed to its end: {found.words}. Is it mounted?")
             log.warning("could not list all of %s: %s; what is known of it stays", found.key_prefix, found.words)
             damaged.add(found.key_prefix)
-            indexed.unlisted_count += 1
-            indexed.unlisted += [found] if len(indexed.unlisted) < UNLISTED_SHOWN else []
+            indexed.unlisted.add(found)
         else:
             store.observe(items)  # a container is remembered only after all of its items are
             store.container_seen(found)
@@ -191,6 +203,9 @@ def observe(cfg: Config, store: Store, stop: Stop, indexed: Indexed) -> None:
     store.observe(items)
     for key_prefix in damaged:  # after its items: of what is kept, the manifest takes no change any more
         store.keep(key_prefix)
+    if not any(store.counts()[:4]):  # of a source that once had some, --max-deleted decides
+        hint = unlisted_words(asdict(indexed.unlisted)) or f"is it mounted, and right for --source {cfg.source.kind}?"
+        raise SourceError(f"no picture below {cfg.source.root}: {hint}")
 
 
 def delete_missing(cfg: Config, store: Store) -> int:
@@ -199,8 +214,8 @@ def delete_missing(cfg: Config, store: Store) -> int:
     if missing and 100 * missing > cfg.max_deleted_percent * known:
         raise TooManyDeletions(
             f"{missing:,} of {known:,} known pictures are gone from {cfg.source.root}, more than --max-deleted "
-            f"{cfg.max_deleted_percent:g} %. Is it mounted? Nothing was changed; if this is right, run again with "
-            "--max-deleted 100"
+            f"{cfg.max_deleted_percent:g} %. Is it mounted? Nothing of it was deleted or embedded; if this is right, "
+            "run again with --max-deleted 100"
         )
     return store.finish_listing()
 
@@ -243,6 +258,8 @@ def publish(cfg: Config, store: Store, turn: Turn) -> Published:
             "generation %d is written, but readers see %d, which was chosen: "
             "python -m pipeline.generations --out %s --show newest", generation, store.pinned, cfg.out,
         )  # fmt: skip
+    else:
+        open_shown(cfg.out)
     for change in changes:
         log.info("%s", change.words())
     return Published(generation, changes[0] if changes else None)
@@ -253,7 +270,8 @@ def account(cfg: Config, indexed: Indexed, published: Published, interrupted: bo
     counts, totals = indexed.counts, indexed.totals
     unchanged = counts.embedded - totals.embedded - totals.copied
     assert unchanged >= 0, f"{counts} against {totals}: rows were counted twice"
-    many = cfg.max_quarantined is not None and totals.quarantined_new > cfg.max_quarantined
+    bad = totals.quarantined_new + indexed.unlisted.count
+    many = cfg.max_quarantined is not None and bad > cfg.max_quarantined
     code = INTERRUPTED if interrupted else MANY_QUARANTINED if many else DONE if indexed.whole else BUDGET_SPENT
     return Report(
         schema=SCHEMA,
@@ -263,6 +281,7 @@ def account(cfg: Config, indexed: Indexed, published: Published, interrupted: bo
         copied=totals.copied,
         quarantined=counts.quarantined,
         quarantined_new=totals.quarantined_new,
+        unlisted=indexed.unlisted,
         pending=counts.pending,
         deleted=indexed.deleted,
         seconds=round(seconds, 3),
@@ -276,6 +295,18 @@ def account(cfg: Config, indexed: Indexed, published: Published, interrupted: bo
         model_change=published.model_change,
         exit=code,
     )
+
+
+def tell_end(cfg: Config, report: Report) -> None:
+    """What a person does next; a program reads it from the JSON."""
+    if report.exit == INTERRUPTED or report.pending:
+        why = "interrupted" if report.exit == INTERRUPTED else "the budget is spent"
+        log.info("%s: what is done is kept, %s pictures are known to be left; the same command goes on there",
+                 why, f"{report.pending:,}")  # fmt: skip
+    lacks = [f"{report.quarantined:,} pictures are quarantined"] if report.quarantined else []
+    if lacks := [*lacks, *filter(None, [unlisted_words(asdict(report.unlisted))])]:
+        log.info("%s; what and why: %s", ", ".join(lacks),
+                 shlex.join(["python", "-m", "pipeline.status", "--out", str(cfg.out)]))  # fmt: skip
 
 
 def main(argv: list[str] | None = None) -> int:
@@ -293,6 +324,7 @@ def main(argv: list[str] | None = None) -> int:
         log.error("error: %s", words(error))
         print(json.dumps({"schema": SCHEMA, "error": words(error), "exit": exit_code(error)}), flush=True)
         return exit_code(error)
+    tell_end(cfg, report)
     print(json.dumps(asdict(report)), flush=True)
     return report.exit
 

@@ -64,6 +64,15 @@ def tell_unended(out: Path, run: int) -> None:
         log.warning("run %d never ended: it was killed, or its machine went down. This one goes on there", earlier)
 
 
+def unlisted_words(unlisted: Mapping[str, Any] | None) -> str:
+    """Of a run's or a night's record; "" where all could be listed."""
+    if not unlisted or not unlisted["count"]:
+        return ""
+    count, first = unlisted["count"], unlisted["examples"][0]
+    parts = "1 part of the source" if count == 1 else f"{count:,} parts of the source"
+    return f"{parts} could not be listed, such as {first['key_prefix']}: {first['words']}"
+
+
 def publishing_s(out: Path) -> float:
     """Seconds to keep back for publishing, and the look at the index before it, by what they took lately; 0 where
     nothing is known."""

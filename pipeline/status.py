@@ -25,15 +25,16 @@ from rich.table import Table
 from pipeline.config import UsageError, index_words, only_index_here
 from pipeline.exits import DONE, FAILED, USAGE
 from pipeline.generations import Kept, kept_generations
-from pipeline.run_reports import read_night, read_report
+from pipeline.run_reports import read_night, read_report, unlisted_words
 from pipeline.store import NoIndex, StoreError
 from pipeline.store.ledger import Entry, SourceState, Stock, quarantine_ledger, take_stock
+from pipeline.terminal import printable
 
 log = logging.getLogger("nightjar")
 
 SCHEMA = 1
 STATES = ("embedded", "pending", "quarantined", "deleted")
-TOLD = ("exit", "error", "seconds", "embedded", "quarantined_new", "deleted")  # of a run, by its record
+TOLD = ("exit", "error", "seconds", "embedded", "quarantined_new", "unlisted", "deleted")  # of a run, by its record
 EXAMPLES_PER_REASON, RUNS_SHOWN = 3, 5
 EXAMPLES = """examples:
   python -m pipeline.status --out inat2021-index
@@ -114,7 +115,7 @@ def _bytes(index: Path, part: str) -> int:
 def _source(index: Path, source: SourceState, stock: Stock, shown: Kept | None) -> dict[str, Any]:
     ours = [entry for entry in stock.examples if entry.source == source.number]
     command = index_words(source.kind, source.root, source.options)
-    command += ["--out", str(index)] + (["--model", shown.model] if shown else [])
+    command += ["--out", str(index)] + (["--model", shown.model] if shown and shown.model else [])
     return {
         "kind": source.kind, "root": source.root, "options": source.options,
         "embedded": source.embedded, "pending": source.pending, "quarantined": source.quarantined,
@@ -207,17 +208,13 @@ def _run_line(run: dict[str, Any]) -> str:
         f"exit {run['exit']}, {run['embedded']:,} embedded, {run['quarantined_new']:,} newly quarantined, "
         f"{run['deleted']:,} deleted in {run['seconds']:,.0f} s"
     )
-    return head + (f"{done}: {printable(run['error'])}" if run["error"] else done)
+    told = [done, printable(unlisted_words(run["unlisted"])), printable(run["error"] or "")]
+    return head + ": ".join(filter(None, told))
 
 
 def _name(source: dict[str, Any]) -> str:
     options = "".join(f" {name} {value}" for name, value in source["options"].items())
     return f"{source['kind']} {source['root']}{options}"
-
-
-def printable(text: str) -> str:
-    """On one line and without what would speak to the terminal: names and decoders' words are anybody's."""
-    return "".join(char if char.isprintable() else ascii(char)[1:-1] for char in text)
 
 
 def main(argv: Sequence[str] | None = None) -> int:

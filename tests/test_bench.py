@@ -6,6 +6,7 @@ import csv
 import importlib.util
 import json
 import os
+import subprocess
 import sys
 import time
 from pathlib import Path
@@ -75,8 +76,8 @@ def test_batches_that_are_missing_or_come_twice_are_counted(
     assert (found.lost, found.twice) == (lost, twice)
 
 
-def seed_module() -> Any:
-    spec = importlib.util.spec_from_file_location("seed", ROOT / "docs/benchmarks/seed.py")
+def script(name: str) -> Any:
+    spec = importlib.util.spec_from_file_location(name, ROOT / f"docs/benchmarks/{name}.py")
     assert spec
     assert spec.loader
     module = importlib.util.module_from_spec(spec)
@@ -86,10 +87,20 @@ def seed_module() -> Any:
 
 @pytest.mark.parametrize(("batches", "speeds"), [(100, [1.0, 3.0]), (1, [1.0, 9.0]), (0, [1.0, 1.0]), (37, [1, 1, 1])])
 def test_the_static_split_gives_every_batch_once_and_by_speed(batches: int, speeds: list[float]) -> None:
-    owners = seed_module().owners_by_speed(batches, speeds)
+    owners = script("seed").owners_by_speed(batches, speeds)
     assert len(owners) == batches
     for at, speed in enumerate(speeds):
         assert abs(owners.count(at) - batches * speed / sum(speeds)) <= 1
+
+
+def test_a_thousand_files_go_the_way_of_a_million(tiny_model: Path, tmp_path: Path) -> None:
+    (tmp_path / "work").mkdir()
+    command = [sys.executable, str(ROOT / "docs/benchmarks/million.py"), "--thousands", "1", "--out", str(tmp_path)]
+    subprocess.run([*command, "--model", str(tiny_model), "--work", str(tmp_path / "work")], check=True)
+    found = json.loads((tmp_path / "million.json").read_text())
+    assert [found[night]["embedded"] for night in ("first", "again", "added")] == [1000, 0, 1000]
+    assert found["lists"]["answered_exactly"] == found["lists"]["queries"]
+    assert found["lists"]["recall@10"] == 1
 
 
 def test_every_rung_has_a_name_of_its_own_and_a_reason_where_it_cannot_run(tiny_model: Path) -> None:

@@ -148,6 +148,9 @@ def test_make_engines_then_index_then_search(tmp_path: Path) -> None:
         (["--source", "folder", "--root", ".", "--max-deleted", "120"], "120"),
         (["--source", "folder", "--root", ".", "--budget", "6 hours"], "write 90m, 6h or 1h30m"),
         (["--source", "folder", "--root", ".", "--keep", "0"], "at least 1"),
+        (["--source", "folder", "--root", ".", "--max-quarantined", "-1"], "at least 0"),
+        (["--source", "foldr", "--root", "."], "'foldr' (choose from"),
+        (["--source", "folder", "--root", ".", "--sauce", "x"], "python -m pipeline.index --help"),
     ],
 )
 def test_usage_errors_are_one_line_with_the_remedy(
@@ -160,6 +163,21 @@ def test_usage_errors_are_one_line_with_the_remedy(
     assert words in ran.report["error"]
     assert "\n" not in ran.report["error"]
     assert not (tmp_path / "index").exists()
+
+
+def test_where_no_index_can_be_made_is_said_before_anything_is(tiny_model: Path, tmp_path: Path) -> None:
+    write_folder(tmp_path / "photos", 1)
+    (tmp_path / "file").write_bytes(b"")
+    for out, told in {
+        tmp_path / "file": f"no file can be made in {tmp_path / 'file'}: Not a directory; give",
+        tmp_path / "file/below/it": f"no file can be made in {tmp_path / 'file'}: Not a directory; give",
+        Path("/proc/foo"): "no file can be made in /proc: No such file or directory; give",
+        tmp_path / "photos": "is the root itself; give the index its own folder",
+    }.items():
+        ran = index(tmp_path / "photos", out, "--model", tiny_model)
+        assert (ran.code, "Traceback" in ran.stderr) == (2, False), ran.stderr
+        assert told in ran.report["error"]
+    assert len(list(tmp_path.rglob("*"))) == 4
 
 
 @pytest.mark.parametrize(

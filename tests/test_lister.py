@@ -101,7 +101,7 @@ def test_what_a_child_lists_is_what_is_there(tmp_path: Path, caplog: pytest.LogC
         assert repr(listed(tmp_path, kind)) == repr(entries(open_source(kind, str(tmp_path)))), kind
         told = [record.getMessage() for record in caplog.records]
         assert told[: len(told) // 2] == told[len(told) // 2 :], "once from the child, once from here"
-        assert bool(told) == (kind == "tar")
+        assert any("mp4" in words for words in told) == (kind == "tar")
 
 
 def test_one_child_for_all_and_none_for_a_quiet_night(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -102,6 +102,8 @@ def test_interrupted_politely_keeps_what_is_done(photos: Path, tmp_path: Path, t
     assert ran.code == 130, stderr
     assert_adds_up(ran)
     assert ran.report["generation"] is None
+    left = f"{ran.report['pending']:,} pictures are known to be left"
+    assert f"interrupted: what is done is kept, {left}; the same command goes on there" in stderr
     resumed = index(photos, tmp_path / "index", "--model", tiny_model)
     assert resumed.code == 0
     assert resumed.report["inputs"] == ran.report["inputs"]
@@ -158,7 +160,34 @@ def test_a_source_that_looks_empty_stops_the_run(tmp_path: Path, tiny_model: Pat
     assert ran.code == 6
     assert "5 of 10" in ran.report["error"]
     assert vectors_by_key(out) == before
-    assert index(photos, out, "--model", tiny_model, "--max-deleted", 100).report["deleted"] == 5
+    write_folder(photos / "new", 42, first_seed=100)  # another disk: what is new hides nothing
+    shutil.rmtree(photos / "odd")
+    for _ in range(2):
+        ran = index(photos, out, "--model", tiny_model)
+        assert (ran.code, vectors_by_key(out)) == (6, before), ran.stderr
+        assert "10 of 10 known pictures are gone" in ran.report["error"]
+        assert "Nothing of it was deleted or embedded" in ran.report["error"]
+    assert index(photos, out, "--model", tiny_model, "--max-deleted", 100).report["deleted"] == 10
+
+
+def test_a_first_run_that_finds_no_picture_is_no_success(tmp_path: Path, tiny_model: Path) -> None:
+    photos, out = tmp_path / "photos", tmp_path / "index"
+    photos.mkdir()
+    (photos / "notes.txt").write_text("the disk is not mounted here")
+    for _ in range(2):
+        ran = index(photos, out, "--model", tiny_model)
+        assert (ran.code, ran.report["exit"], (out / "current").exists()) == (2, 2, False)
+        assert f"no picture below {photos}: is it mounted" in ran.report["error"]
+    (photos / "cut.tar").write_bytes(b"no tar at all")
+    ran = index(photos, out, "--model", tiny_model, source="tar")
+    assert ran.code == 2
+    assert "1 part of the source could not be listed, such as cut.tar/: " in ran.report["error"]
+    write_folder(photos, 2)
+    assert index(photos, out, "--model", tiny_model).code == 0
+    shutil.rmtree(photos)
+    photos.mkdir()
+    for _ in range(2):  # emptied on purpose, and known to be: no error
+        assert index(photos, out, "--model", tiny_model, "--max-deleted", 100).code == 0
 
 
 def test_two_roots_share_an_index(tmp_path: Path, tiny_model: Path) -> None:

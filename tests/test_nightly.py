@@ -17,10 +17,14 @@ from threading import Thread
 from types import SimpleNamespace
 from typing import Any
 
+import h5py
+import numpy as np
 import pytest
 from pictures import noisy_jpeg, write_folder
 from prometheus_client.parser import text_string_to_metric_families
 from runs import Ran, index, run_module, vectors_by_key
+from test_sources_containers import tar_bytes
+from test_verify import edit, shards, sign
 
 from pipeline.config import Config, index_parser, parse_index
 from pipeline.exits import BUDGET_SPENT
@@ -30,6 +34,7 @@ from pipeline.nightly.config import WebhookTable
 from pipeline.nightly.metrics import write_metrics
 from pipeline.nightly.result import Tonight
 from pipeline.nightly.tell import post
+from pipeline.report.page import write_report
 from pipeline.scheduler import LaneFailed
 from pipeline.stop import Stop
 from pipeline.store.files import take_lock
@@ -114,7 +119,8 @@ def test_nights_of_two_sources(tmp_path: Path, tiny_model: Path) -> None:
         second = night(tmp_path, secret)
         assert second.code == 2, second.stderr
         assert (second.report["embedded"], second.report["generation"]) == (1, 2)
-        assert second.report["verify"]["level"] == "quick", "pictures of a source that is away cannot be compared"
+        sample = second.report["verify"]["sample"]
+        assert (sample["compared"], sample["away"]) == (4, 6), "a source that is away takes out its own pictures alone"
         assert [one["exit"] for one in second.report["sources"]] == [0, 2]
         assert {"new.jpg", "even/00000.jpg"} <= vectors_by_key(tmp_path / "index").keys()
         assert len(vectors_by_key(tmp_path / "index")) == 17, "what is not there tonight stays"
@@ -145,6 +151,40 @@ def test_nights_of_two_sources(tmp_path: Path, tiny_model: Path) -> None:
         assert "secret-path" not in shown
 
 
+def test_what_could_not_be_listed_is_told_everywhere(tmp_path: Path, tiny_model: Path) -> None:
+    """A tar that is cut off holds nobody up, but no night with one looks like a whole one."""
+    shards, out = tmp_path / "shards", tmp_path / "index"
+    shards.mkdir()
+    whole = tar_bytes({f"{number}.jpg": noisy_jpeg(number) for number in range(4)})
+    (shards / "a.tar").write_bytes(whole)
+    (shards / "b.tar").write_bytes(whole[: len(whole) // 4])
+    (tmp_path / "nightly.toml").write_text(
+        f'[index]\nout = "{out}"\nmodel = "{tiny_model}"\nmax_quarantined = 0\n[verify]\nlevel = "off"\n'
+        f'[report]\nmetrics = "{tmp_path / "night.prom"}"\n[[source]]\nkind = "tar"\nroot = "{shards}"\n'
+    )
+    ran = night(tmp_path)
+    assert (ran.code, ran.report["generation"]) == (3, 1), ran.stderr
+    for told in (ran.report["unlisted"], ran.report["sources"][0]["unlisted"]):
+        assert (told["count"], told["examples"][0]["key_prefix"]) == (1, "b.tar/")
+    assert "1 part of the source could not be listed, such as b.tar/: " in ran.report["words"]
+    assert metrics(tmp_path / "night.prom")["nightjar_unlisted", f"tar {shards}"] == 1
+    page = (out / "runs/1.html").read_text()
+    assert "1 part of the source could not be listed; all " in page
+    assert "Every picture that could be listed is accounted for" in page
+
+    args = ("--model", tiny_model, "--max-quarantined")
+    again = index(shards, out, *args, 1, source="tar")
+    assert (again.code, again.report["unlisted"]) == (0, told), "not new, but not listed in this run either"
+    assert index(shards, out, *args, 0, source="tar").code == 3
+    newest = json.loads(run_module("pipeline.status", "--out", out, "--json").stdout)["runs"][0]
+    assert newest["unlisted"] == told
+    assert "could not be listed, such as b.tar/: " in run_module("pipeline.status", "--out", out).stdout
+    (shards / "b.tar").write_bytes(whole)
+    mended = index(shards, out, *args, 0, source="tar")
+    assert (mended.code, mended.report["unlisted"]["count"]) == (0, 0), mended.stderr
+    assert "Every picture is accounted for" in write_report(out, 4).read_text()
+
+
 def test_damage_is_never_published(tmp_path: Path, tiny_model: Path) -> None:
     write_folder(tmp_path / "a", 8)
     configure(tmp_path, tiny_model, ["a"], '[verify]\nlevel = "quick"\n')
@@ -161,6 +201,43 @@ def test_damage_is_never_published(tmp_path: Path, tiny_model: Path) -> None:
     assert json.loads((tmp_path / "index/runs/2.json").read_text())["exit"] == 7
 
 
+@pytest.mark.parametrize("nights", [0, 1])
+def test_nobody_sees_a_vector_of_tonight_that_is_not_its_pictures(
+    nights: int, tmp_path: Path, tiny_model: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """On the first night, and later where few are new and another source is away. Every digest is right."""
+    write_folder(tmp_path / "a", 8)
+    write_folder(tmp_path / "b/b", 8, first_seed=50)
+    configure(tmp_path, tiny_model, ["a", "b"], '[verify]\nlevel = "sample"\nrows = 6\n')
+    if nights:
+        assert night(tmp_path).code == 0
+        write_folder(tmp_path / "a/more", 3, first_seed=100)
+        shutil.move(tmp_path / "b", tmp_path / "away")
+    out, wait = tmp_path / "index", nightly._wait
+
+    def shift(file: h5py.File) -> None:
+        file["embeddings"][:] = np.roll(file["embeddings"][:], 1, axis=0)
+
+    def tampered(*args: Any) -> Any:
+        edit(shards(out)[-1], shift)
+        sign(out, shards(out)[-1])
+        return wait(*args)
+
+    monkeypatch.setattr(nightly, "_wait", tampered)
+    assert nightly.main(["--config", str(tmp_path / "nightly.toml")]) == 7
+    report = json.loads(capsys.readouterr().out.strip().splitlines()[-1])
+    assert (report["generation"], report["verify"]["sample"]["rows"]) == (None, 6)
+    assert (out / "current").is_symlink() == bool(nights)
+    if nights:
+        assert report["verify"]["sample"]["off"] == 3, "half of the sample are new"
+        assert os.readlink(out / "current") == "generations/1"
+        shutil.move(tmp_path / "away", tmp_path / "b")
+    assert run_module("pipeline.verify", "full", "--repair", "--out", out).code == 0
+    monkeypatch.undo()
+    assert nightly.main(["--config", str(tmp_path / "nightly.toml")]) == 0
+    assert len(vectors_by_key(out)) == 16 + 3 * nights
+
+
 def test_one_night_at_a_time(tmp_path: Path, tiny_model: Path) -> None:
     write_folder(tmp_path / "a", 1)
     configure(tmp_path, tiny_model, ["a"])
@@ -170,6 +247,9 @@ def test_one_night_at_a_time(tmp_path: Path, tiny_model: Path) -> None:
     os.close(lock)
     assert ran.code == 4
     assert metrics(tmp_path / "night.prom")["nightjar_exit_code",] == 4
+    assert ran.stderr.count("another run writes to") == 1
+    (line,) = (tmp_path / "log.jsonl").read_text().splitlines()
+    assert (json.loads(line)["level"], json.loads(line)["night"]["exit"]) == ("error", 4)
 
 
 def test_check_says_what_would_run_and_writes_nothing(tmp_path: Path, tiny_model: Path) -> None:
@@ -188,6 +268,22 @@ def test_check_says_what_would_run_and_writes_nothing(tmp_path: Path, tiny_model
         assert words[:3] == ["python", "-m", "pipeline.index"]
         assert index_parser().parse_args(words[3:]).out == tmp_path / "index"
     assert sorted(tmp_path.rglob("*")) == before
+
+
+def test_check_finds_what_would_fail_at_night(tmp_path: Path, tiny_model: Path) -> None:
+    write_folder(tmp_path / "a", 2)
+    configure(tmp_path, tiny_model, ["a", "a/even"])
+    toml = tmp_path / "nightly.toml"
+    right = run_module("pipeline.nightly", "--config", toml, "--check")
+    assert (right.code, right.stdout.startswith(f"{toml} is right.")) == (0, True), right.stdout
+    assert f"WARNING: it lies in folder {tmp_path}/a, so" in right.stdout
+    (tmp_path / "log.jsonl").mkdir()
+    toml.write_text(toml.read_text().replace(str(tmp_path / "night.prom"), "gone/night.prom").replace("a/even", "c"))
+    wrong = run_module("pipeline.nightly", "--config", toml, "--check")
+    assert (wrong.code, "is right" in wrong.stdout, "WARNING" in wrong.stdout) == (2, False, False)
+    assert "CANNOT RUN" in wrong.stdout
+    assert f"log {tmp_path / 'log.jsonl'}\n    CANNOT BE WRITTEN: {tmp_path / 'log.jsonl'} is a folder" in wrong.stdout
+    assert f"metrics {Path('gone/night.prom').absolute()}\n    CANNOT BE WRITTEN: no file can be made" in wrong.stdout
 
 
 def test_a_fault_of_ours_is_told_too(tmp_path: Path, tiny_model: Path, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -213,6 +309,7 @@ def test_a_webhook_that_fails_is_logged_without_its_secrets(caplog: pytest.LogCa
             assert [path for path, _, _ in told.posts] == ["/secret-path"], "the header goes nowhere else"
     assert not post(table, facts), "nobody listens any more"
     assert [record.levelname for record in caplog.records] == ["ERROR"] * 3
+    assert "could not be reached: Connection refused" in caplog.text
     assert "secret-path" not in caplog.text
     assert "secret-path" not in repr(table)
 

@@ -45,10 +45,11 @@ SOURCE = '[[source]]\nkind = "folder"\nroot = "r"\n'
         (f"{INDEX}{SOURCE}split = 1\n", "[[source]] split is 1; expected text"),
         (f'{INDEX}{SOURCE}split = "val"\n', "split is for kind inat2021"),
         (f"{INDEX}{SOURCE}{SOURCE}", "is there twice"),
+        (f'{INDEX}{SOURCE}[[source]]\nkind = "folder"\nroot = "./r/"\n', "folder ./r/ is there twice"),
         (f'{INDEX}{SOURCE}[webhook]\nurl = "ftp://x"\n', "[webhook] url expected an address"),
         (f'{INDEX}{SOURCE}[webhook]\nurl = "http://x"\nheader_env = "NOT_SET_HERE"\n', "NOT_SET_HERE"),
         ('index = 3\n[[source]]\nkind = "tar"\nroot = "r"\n', "index is 3; it is a table"),
-        ('[source]\nkind = "folder"\n', "in double brackets"),
+        ('[source]\nkind = "folder"\n', "[source] is one table; write [[source]], in double brackets"),
         ("out = \n", "is no TOML"),
     ],
 )

@@ -296,8 +296,9 @@ def test_what_is_no_picture_is_refused_in_words(visit: Open, tmp_path: Path) -> 
     visitor.wait_for_words("#toast", "note.txt is no picture but text/plain")
     (tmp_path / "broken.jpg").write_bytes(b"\xff\xd8\xff no picture")
     visitor.page.set_input_files("#file", tmp_path / "broken.jpg")
-    visitor.page.locator("#notice.bad button", has_text="Try again").wait_for()
+    visitor.page.locator("#notice.bad").wait_for()
     assert len(visitor.page.locator("#notice").inner_text()) > 20
+    assert not visitor.page.locator("#notice button").count(), "the same bytes would be refused again"
     assert len(visitor.errors) == 1, "the browser's own note of a 4xx"
     visitor.errors.clear()
 
@@ -540,6 +541,11 @@ def test_an_error_is_told_in_its_own_words_and_can_be_tried_again(visit: Open) -
     visitor.page.route("**/api/search?*", refuse(400, "q has an open quote; close it"))
     visitor.page.goto(visitor.site.url + "?q=%22a+ring")
     visitor.wait_for_words("#notice.bad", "q has an open quote; close it")
+    assert visitor.page.locator("#notice button").count() == 0, "the same words would be refused again"
+    visitor.page.unroute("**/api/search?*")
+    visitor.page.route("**/api/search?*", refuse(500, "the disk is gone"))
+    visitor.page.goto(visitor.site.url + "?q=a+ring")
+    visitor.wait_for_words("#notice.bad", "the disk is gone")
     visitor.page.unroute("**/api/search?*")
     visitor.page.route("**/api/search?*", lambda route: route.abort())
     visitor.page.locator("#notice button").click()
@@ -554,7 +560,7 @@ def test_an_error_is_told_in_its_own_words_and_can_be_tried_again(visit: Open) -
     visitor.page.unroute("**/api/search?*")
     visitor.page.locator("#end button").click()
     visitor.until("document.querySelectorAll('#grid li:not(.skeleton)').length > 24")
-    assert len(visitor.errors) == 3, "the browser's own notes"
+    assert len(visitor.errors) == 4, "the browser's own notes"
     visitor.errors.clear()
 
 

@@ -6,6 +6,11 @@ import re
 import subprocess
 from pathlib import Path
 
+import pytest
+from store_model import run
+
+from pipeline.search import Index
+
 ROOT = Path(__file__).resolve().parents[1]
 README = (ROOT / "README.md").read_text()
 TREE = (ROOT / "docs" / "tree.md").read_text()
@@ -25,3 +30,14 @@ def test_make_targets_exist() -> None:
     targets = set(re.findall(r"^([a-z-]+):", (ROOT / "Makefile").read_text(), re.MULTILINE))
     named = set(re.findall(r"`?make ([a-z-]+)", README))
     assert named <= targets
+
+
+def test_an_index_is_read_as_shown_while_a_program_holds_it_open(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    snippet = next(part for part in README.split("```python\n")[1:] if part.startswith("import h5py")).split("```")[0]
+    monkeypatch.chdir(tmp_path)
+    run(tmp_path / "inat2021-index", {"a.jpg": b"a"})
+    with Index.open("inat2021-index"):
+        exec(snippet)
+    assert "(1, 8) a.jpg" in capsys.readouterr().out

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import asyncio
 import base64
 import io
 import json
@@ -16,9 +17,13 @@ from pictures import noisy_jpeg, write_folder
 from PIL import Image
 from runs import index as run_index
 from service import PLENTY, Service, running
+from starlette.requests import Request
 
 from pipeline.search import Index, Where
+from pipeline.serve import app
+from pipeline.serve.metrics import Metrics
 from pipeline.serve.parameters import SEARCH, SIMILAR
+from pipeline.serve.settings import parse_serve
 
 SCRIPT = b"<script>alert(1)</script><svg onload=alert(2)>"
 NEAR = 2e-3  # of float16 vectors made in runs of one and of eight rows
@@ -137,7 +142,8 @@ def test_what_is_no_whole_picture_is_refused_in_words(service: Service, encoded:
     "path", ["/api/search", "/api/search?q=a&k=0", "/api/search?q=a&k=9999", "/api/search?q=a&offset=-1",
              "/api/search?q=a&colour=red", "/api/search?q=a&q=b", "/api/search?q=a&threshold=nan", "/thumb/1?size=9",
              "/api/search?q=a&date_from=soon", "/api/search?q=a&box=1,2",
-             "/api/search?q=a&mmr=2", "/api/search?q=a&taxon=Aves", "/api/search?q=a&facets=colour",
+             "/api/search?q=a&threshold=2", "/api/search?q=%20", "/api/search?q=a&mmr=2",
+             "/api/search?q=a&taxon=Aves", "/api/search?q=a&facets=colour",
              '/api/search?q="a" b', '/api/search?q="a" - "a"', '/api/search?q=file:"/etc/passwd"',
              '/api/search?q="a"' + ' - "b"' * 16],
 )  # fmt: skip
@@ -216,6 +222,22 @@ def test_a_wrong_embedding_request_is_told_as_openai_tells_it(service: Service, 
     reply = service.http.post("/v1/embeddings", json=body)
     assert reply.status_code == 400
     assert len(reply.json()["error"]["message"]) > 10
+
+
+def test_the_description_is_made_once(index: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    made: list[int] = []
+    monkeypatch.setattr(app, "document", lambda: made.append(1) or {"paths": {}})
+    service = app.Service(parse_serve(["--out", str(index)]), Metrics())
+    replies = [asyncio.run(service.describe(Request({"type": "http"}))) for _ in range(3)]
+    assert [reply.body for reply in replies] == [b'{"paths":{}}'] * 3
+    assert len(made) == 1
+    service.following.close()
+    service.threads.close()
+    service.decoders.close()
+
+
+def test_each_engine_is_named_once_in_the_log(service: Service) -> None:
+    assert [service.log.count(f"{tower} engine:") for tower in ("text", "vision")] == [1, 1]
 
 
 def test_the_description_names_every_address_and_parameter(service: Service) -> None:

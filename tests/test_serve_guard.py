@@ -127,6 +127,13 @@ def test_it_does_not_start_open_to_others(args: list[str], words: str) -> None:
         parse_serve(["--out", "none", *args])
 
 
+def test_a_port_that_is_none_is_a_usage_error(index: Path) -> None:
+    for port in ("80000", "-1"):
+        ran = run_module("pipeline.serve", "--out", index, f"--port={port}")
+        assert ran.code == 2
+        assert ran.stderr.endswith(f"error: --port is {port}; it is 1 to 65535, or 0 for a free one\n")
+
+
 def test_a_short_token_is_refused_and_not_repeated(index: Path) -> None:
     ran = run_module("pipeline.serve", "--out", index, env={"NIGHTJAR_TOKEN": "sesame"})
     assert ran.code == 2

@@ -126,6 +126,15 @@ def test_sidecars_are_left_out_by_content_not_by_name(tmp_path: Path, caplog: py
     assert "1 hidden folders" in caplog.text
 
 
+def test_an_index_below_the_root_is_no_picture(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
+    write(tmp_path, "a.jpg", "idx/lock", "idx/manifest.sqlite", "idx/manifest.sqlite-wal", "idx/generations/1/ann.npy")
+    write(tmp_path, "b/generations/c.jpg", "b/manifest.sqlite.jpg")
+    with caplog.at_level(logging.INFO):
+        assert keys(tmp_path) == ["a.jpg", "b/generations/c.jpg", "b/manifest.sqlite.jpg"]
+    assert caplog.text.count("it is an index") == 1
+    assert f"{tmp_path}/idx/ is left out" in caplog.text
+
+
 def test_links_pipes_and_circles(tmp_path: Path) -> None:
     root = tmp_path / "root"
     write(root, "real.jpg", "sub/deep/x.jpg")

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import io
 import json
+import logging
 import os
 import pickle
 import random
@@ -189,6 +190,15 @@ def test_roots_of_containers(tmp_path: Path) -> None:
     for end, words in {"/no.tar": "is not there", "/y*.tar": "quoted glob", "/a.tar.gz": "gunzip"}.items():
         with pytest.raises(SourceError, match=words):
             open_source("tar", f"{tmp_path}{end}")
+
+
+def test_what_lies_beside_containers_is_counted(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
+    (tmp_path / "a.tar").write_bytes(tar_bytes(MEMBERS))
+    for name in ("1.jpg", "2.JPG", "table.csv", "x.what"):
+        (tmp_path / name).write_bytes(b"0")
+    with caplog.at_level(logging.INFO):
+        assert len(items(open_source("tar", str(tmp_path)))) == 4
+    assert "left out, no .tar files by their names: 2 jpg, 1 csv, 1 other" in caplog.text
 
 
 def test_containers_behind_urls(tmp_path: Path) -> None:

@@ -31,7 +31,9 @@ def test_the_ledger_and_the_way_back(tmp_path: Path, tiny_model: Path) -> None:
     (photos / "cut.jpg").write_bytes(noisy_jpeg(70)[:-900])
     (photos / "cut too.jpg").write_bytes(noisy_jpeg(71)[:-700])
     (photos / "empty.jpg").write_bytes(b"")
-    assert index(photos, out, "--model", tiny_model).code == 0
+    ran = index(photos, out, "--model", tiny_model)
+    assert ran.code == 0
+    assert f"3 pictures are quarantined; what and why: python -m pipeline.status --out {out}" in ran.stderr
 
     files = sorted(out.rglob("*"))
     found = json.loads(look(out, "--json").stdout)
@@ -128,10 +130,19 @@ def test_a_long_ledger_is_read_in_pages(tmp_path: Path, monkeypatch: pytest.Monk
 def test_an_index_that_cannot_be_looked_at_says_why(tmp_path: Path) -> None:
     assert look(tmp_path / "nowhere").code == 2
     assert "python -m pipeline.index" in look(tmp_path / "nowhere").stderr
-    (tmp_path / "manifest.sqlite").write_bytes(b"no database at all" * 100)
+    (tmp_path / "manifest.sqlite").write_bytes(b"")  # all that the first run could write before its disk was full
     ran = look(tmp_path)
-    assert (ran.code, "Traceback" in ran.stderr) == (1, False), ran.stderr
-    assert "Restore manifest.sqlite from a backup" in ran.stderr
+    assert (ran.code, "ended before it knew a picture" in ran.stderr) == (2, True), ran.stderr
+    (tmp_path / "manifest.sqlite").unlink()
+    store_run(tmp_path, {"a": b"a picture"})
+    for content in (b"no database at all" * 100, None):
+        (tmp_path / "manifest.sqlite").unlink()
+        if content:
+            (tmp_path / "manifest.sqlite").write_bytes(content)
+        ran = look(tmp_path)
+        assert (ran.code, "Traceback" in ran.stderr) == (1, False), ran.stderr
+        assert "Restore manifest.sqlite from a backup" in ran.stderr
+        assert "make one" not in ran.stderr, "an index of this folder would be refused"
 
 
 def test_names_do_not_speak_to_the_terminal(tmp_path: Path) -> None:

@@ -15,12 +15,12 @@ from pathlib import Path
 from typing import Annotated, Any, Literal, TypeVar, get_args, get_type_hints
 from urllib.parse import urlsplit
 
-from engines.spec import Precision, default_model
+from engines.spec import Precision
 from pipeline.batch import Reason
 from pipeline.config import UsageError
 from pipeline.duration import parse_duration
 from pipeline.sources import SOURCES, SourceError
-from pipeline.sources.places import refuse_secrets
+from pipeline.sources.places import canonical_root
 from pipeline.store.publish import KEEP
 
 T = TypeVar("T")
@@ -39,7 +39,7 @@ def _text(value: Any) -> str:
 
 def _root(value: Any) -> str:
     try:
-        refuse_secrets(_text(value))
+        canonical_root(_text(value))
     except SourceError as error:
         raise Wrong(f"one without secrets: {error}") from None
     return _text(value)
@@ -120,13 +120,23 @@ class SourceTable:
     root: Annotated[str, _root] = field(repr=False)  # one that is refused may hold a password
     split: Annotated[str | None, _text] = None
 
+    @property
+    def place(self) -> str:
+        """Where its files lie, however that is written."""
+        return "/".join(filter(None, (canonical_root(self.root), self.split)))
+
+    def holds(self, other: SourceTable) -> bool:
+        """Whether it lists what the other one lists too: folder and inat2021 take the same files."""
+        kinds = {self.kind, other.kind}
+        return other.place.startswith(f"{self.place}/") and (len(kinds) == 1 or kinds == {"folder", "inat2021"})
+
 
 @dataclass(frozen=True, kw_only=True)
 class IndexTable:
     """[index]: what is made of them, as the options of pipeline.index that are called the same."""
 
     out: Annotated[Path, _path]
-    model: Annotated[str, _text] = field(default_factory=default_model)
+    model: Annotated[str | None, _text] = None  # NIGHTJAR_MODEL; only where named, it replaces another
     devices: Annotated[str, _text] = "auto"
     precision: Annotated[str, _one_of(["auto", *get_args(Precision)])] = "auto"
     budget_s: Annotated[int | None, _duration_s] = None
@@ -188,6 +198,8 @@ def load(path: Path) -> Nightly:
         raise UsageError(f"{path} is no TOML: {error}") from None
     _refuse_unknown(str(path), content, ["source", *TABLES], "table")
     sources = content.get("source", [])
+    if isinstance(sources, dict):
+        raise UsageError(f"{path}: [source] is one table; write [[source]], in double brackets, once for each root")
     if not isinstance(sources, list) or not sources or not all(isinstance(source, dict) for source in sources):
         raise UsageError(f"{path}: at least one [[source]] is needed, in double brackets, with kind and root")
     found: dict[str, Any] = {}
@@ -239,7 +251,7 @@ def _check_together(path: Path, plan: Nightly) -> None:
     for source in plan.sources:
         if source.split is not None and source.kind != "inat2021":
             raise UsageError(f"{path}: [[source]] split is for kind inat2021, not for {source.kind}; leave it out")
-        if (entry := (source.kind, source.root, source.split)) in seen:
+        if (entry := (source.kind, source.place, source.split)) in seen:
             raise UsageError(f"{path}: [[source]] {source.kind} {source.root} is there twice; leave one out")
         seen.add(entry)
     if plan.webhook and plan.webhook.header_env is not None and plan.webhook.header_env not in os.environ:

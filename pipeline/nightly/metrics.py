@@ -56,6 +56,7 @@ def write_metrics(path: Path, night: Mapping[str, Any]) -> None:
                 name,
                 source["quarantined_new"],
             )
+            gauge("unlisted", "Folders and containers that could not be listed", name, source["unlisted"]["count"])
             gauge("deleted", "Pictures that are gone from the source", name, source["deleted"])
     write_to_textfile(str(path), registry)
 

@@ -12,6 +12,7 @@ import argparse
 import json
 import logging
 import math
+import os
 import shlex
 import subprocess
 import sys
@@ -23,17 +24,19 @@ from pathlib import Path
 from typing import Any
 from urllib.parse import urlsplit
 
+from engines.spec import default_model
 from pipeline import duration
-from pipeline.config import Config, UsageError, parse_index
+from pipeline.config import Config, UsageError, parse_index, refusal
 from pipeline.exits import DAMAGED, DONE, FAILED, USAGE
 from pipeline.failures import FAILURES, exit_code, words
 from pipeline.index import Published, account, begin, index_source, leave_record, publish, write_record
-from pipeline.nightly.config import Nightly, SourceTable, VerifyTable, load
+from pipeline.nightly.config import Nightly, SourceTable, load
 from pipeline.nightly.result import SCHEMA, Tonight, Verified, failed, summary
 from pipeline.nightly.tell import tell_all, write_log
 from pipeline.report.page import ReportError, write_report
 from pipeline.run_record import Clock
 from pipeline.run_reports import publishing_s, tell_unended, work_s
+from pipeline.sources.places import canonical_root
 from pipeline.stop import Stop
 from pipeline.store import Store, Turn
 from pipeline.store.ledger import take_stock
@@ -48,10 +51,10 @@ EXAMPLES = """examples:
   python -m pipeline.nightly --config nightly.toml --log nightly.jsonl
 
 docker/nightly.toml is a configuration to start from; docker/ has files for cron, systemd and Kubernetes beside it.
-exit codes: 0 done, 1 failed, 2 configuration, or a source that is not there, 3 done but more newly quarantined than
-max_quarantined, 4 another run holds the lock, 5 budget spent (what was done is published; the next night goes on),
-6 too many deletions in a source, 7 damage found and nothing published, 130 interrupted (resumable). Of several the
-gravest: 130, 4, 1, 7, 2, 6, 3, 5, 0"""
+exit codes: 0 done, 1 failed, 2 configuration, or a source that is not there, 3 done but more newly quarantined or
+not listed than max_quarantined, 4 another run holds the lock, 5 budget spent (what was done is published; the next
+night goes on), 6 too many deletions in a source, 7 damage found and nothing published, 130 interrupted (resumable).
+Of several the gravest: 130, 4, 1, 7, 2, 6, 3, 5, 0"""
 
 
 def run_night(plan: Nightly, stop: Stop) -> dict[str, Any]:
@@ -97,9 +100,10 @@ def run_night(plan: Nightly, stop: Stop) -> dict[str, Any]:
 def index_command(plan: Nightly, source: SourceTable) -> list[str]:
     """Options of the `pipeline.index` that does what the night does with this source. One road for both."""
     index = plan.index
-    words = ["--source", source.kind, "--root", source.root]
+    words = ["--source", source.kind, "--root", canonical_root(source.root)]
     words += ["--split", source.split] if source.split is not None else []
-    words += ["--out", str(index.out), "--model", index.model, "--devices", index.devices]
+    words += ["--model", index.model] if index.model is not None else []
+    words += ["--out", str(index.out.absolute()), "--devices", index.devices]
     words += ["--precision", index.precision, "--max-deleted", f"{index.max_deleted:g}", "--keep", str(index.keep)]
     words += ["--max-quarantined", str(index.max_quarantined)] if index.max_quarantined is not None else []
     words += ["--retry", ",".join(index.retry)] if index.retry else []
@@ -147,24 +151,26 @@ def scope_of(cfg: Config) -> tuple[str, ...]:
 
 def verify(plan: Nightly, sources: Sequence[Tonight], stop: Stop) -> Verified:
     """In a process of its own: it decodes pictures, and a decoder that dies must not take the night with it."""
-    look = plan.verify
-    if look.level == "off" or stop.requested:
+    if plan.verify.level == "off" or stop.requested:
         return Verified()
-    if look.level != "quick" and (away := [one.name for one in sources if one.cfg is None]):
-        log.warning("%s: not there, so verify reads no pictures tonight, only the index", ", ".join(away))
-        look = replace(look, level="quick")
     seed = max((one.indexed.run for one in sources if one.indexed), default=0)  # other pictures every night
-    code, stdout = _wait([sys.executable, *verify_command(plan.index.out, look, seed)], stop)
-    if code not in (DONE, DAMAGED):
+    code, stdout = _wait([sys.executable, *verify_command(plan, seed)], stop)
+    verdict = json.loads(stdout.strip().splitlines()[-1]) if code in (DONE, DAMAGED, USAGE) else {}
+    if "findings" not in verdict:
         if not stop.requested:
             log.error("the index could not be verified (exit code %d); it is published all the same", code)
         return Verified(code if code > 0 else FAILED)
     if code == DAMAGED:
+        full = "full " if any(finding["what"] == "vector" for finding in verdict["findings"]) else ""
         log.error(
-            "damage was found, so readers still see the last generation: python -m pipeline.verify --repair --out %s",
-            plan.index.out,
-        )
-    return Verified(code, json.loads(stdout.strip().splitlines()[-1]))
+            "damage was found, so readers still see the last generation: python -m pipeline.verify %s--repair --out %s",
+            full, plan.index.out,
+        )  # fmt: skip
+    if code == USAGE:
+        log.warning("%s; it is published all the same", verdict["unchecked"])
+        if any(one.error for one in sources):  # told by those sources already, with their own exit codes
+            code = DONE
+    return Verified(code, verdict)
 
 
 def _wait(command: Sequence[str], stop: Stop) -> tuple[int, str]:
@@ -180,9 +186,12 @@ def _wait(command: Sequence[str], stop: Stop) -> tuple[int, str]:
                 return child.returncode, stdout
 
 
-def verify_command(index: Path, look: VerifyTable, seed: int) -> list[str]:
-    words = ["-m", "pipeline.verify", look.level, "--out", str(index), "--json"]
-    return words + (["--rows", str(look.rows), "--seed", str(seed)] if look.level == "sample" else [])
+def verify_command(plan: Nightly, seed: int) -> list[str]:
+    level = plan.verify.level
+    words = ["-m", "pipeline.verify", level, "--out", str(plan.index.out), "--json"]
+    if level != "quick":  # of what is published next, whatever is shown now
+        words += ["--model", plan.index.model or default_model()]
+    return words + (["--rows", str(plan.verify.rows), "--seed", str(seed)] if level == "sample" else [])
 
 
 def settle(sources: Sequence[Tonight], published: Published, verified: Verified, stop: Stop, clock: Clock) -> None:
@@ -214,27 +223,44 @@ def write_pages(index: Path, ready: Sequence[Tonight]) -> None:
 
 def check(path: Path, plan: Nightly) -> int:
     """What would run, as commands that anybody may type; and what of it is not there."""
-    code = DONE
-    print(f"{path} is right. Every night, below one lock:")
+    code, lines = DONE, ["Every night, below one lock:"]
     for source in plan.sources:
         words = index_command(plan, source)
-        print(f"  {shlex.join(['python', '-m', 'pipeline.index', *words])}")
+        lines.append(f"  {shlex.join(['python', '-m', 'pipeline.index', *words])}")
         try:
             parse_index(words)
         except FAILURES as error:
             code = exit_code(error)
-            print(f"    CANNOT RUN: {error}")
+            lines.append(f"    CANNOT RUN: {error}")
+        for other in plan.sources:
+            if other.holds(source):
+                lines.append(f"    WARNING: it lies in {other.kind} {other.root}, so its pictures are answered twice")
     if plan.index.budget_s is not None:
-        print(f"  all within {duration.words(plan.index.budget_s)}, publishing included")
+        lines.append(f"  all within {duration.words(plan.index.budget_s)}, publishing included")
     if plan.verify.level != "off":
-        print(f"  {shlex.join(['python', *verify_command(plan.index.out, plan.verify, seed=0)])}")
-    print(f"  one generation for all, {plan.index.keep} kept")
-    for what, where in (("page", plan.index.out / "runs" if plan.report.page else None),
-                        ("log", plan.report.log), ("metrics", plan.report.metrics),
-                        ("webhook on failure at", plan.webhook and urlsplit(plan.webhook.url).hostname)):  # fmt: skip
-        if where is not None:
-            print(f"  {what} {where}")
+        lines.append(f"  {shlex.join(['python', *verify_command(plan, seed=0)])}")
+    lines.append(f"  one generation for all, {plan.index.keep} kept")
+    for what, file in (("page", plan.index.out / "runs/<n>.html" if plan.report.page else None),
+                       ("log", plan.report.log), ("metrics", plan.report.metrics)):  # fmt: skip
+        if file is None:
+            continue
+        lines.append(f"  {what} {file.absolute()}")
+        if refused := _refused(file, what):
+            code = USAGE
+            lines.append(f"    CANNOT BE WRITTEN: {refused}")
+    if plan.webhook is not None:
+        lines.append(f"  webhook on failure at {urlsplit(plan.webhook.url).hostname}")
+    print(f"{path} is right." if code == DONE else f"{path} can be read, but not all that it asks for can be done.")
+    print(*lines, sep="\n")
     return code
+
+
+def _refused(file: Path, what: str) -> str:
+    """Why this user cannot write it; "" where nothing is in the way."""
+    if file.is_dir():
+        return f"{file} is a folder"
+    appended = what == "log" and os.access(file, os.W_OK)  # in a folder that may be another user's
+    return "" if appended or what == "page" else refusal(file.parent)
 
 
 def nightly_parser() -> argparse.ArgumentParser:
@@ -261,15 +287,15 @@ def main(argv: list[str] | None = None) -> int:
         log.error("error: %s", error)
         print(json.dumps({"schema": SCHEMA, "error": str(error), "exit": USAGE}), flush=True)
         return USAGE
+    plan = replace(plan, report=replace(plan.report, log=args.log or plan.report.log))
     if args.check:
         return check(args.config, plan)
     start_s, started = time.monotonic(), datetime.now().astimezone()
     try:
-        if log_path := args.log or plan.report.log:
-            write_log(log_path)
+        if plan.report.log is not None:
+            write_log(plan.report.log)
         night = run_night(plan, Stop())
     except FAILURES as error:
-        log.error("error: %s", words(error))
         night = failed(plan, error, exit_code(error), time.monotonic() - start_s)
     except Exception as error:  # a fault of ours: nobody watches at night, so somebody has to be told
         log.exception("a fault of Nightjar")

@@ -8,6 +8,7 @@ from collections.abc import Sequence
 from dataclasses import asdict, dataclass
 from typing import Any
 
+from engines.spec import default_model
 from pipeline.config import Config
 from pipeline.exits import (
     BUDGET_SPENT,
@@ -21,9 +22,10 @@ from pipeline.exits import (
     USAGE,
 )
 from pipeline.failures import exit_code, words
-from pipeline.index import Indexed, Published, Report
+from pipeline.index import UNLISTED_SHOWN, Indexed, Published, Report, Unlisted
 from pipeline.nightly.config import Nightly, SourceTable
 from pipeline.run_record import Clock
+from pipeline.run_reports import unlisted_words
 
 log = logging.getLogger("nightjar")
 
@@ -79,6 +81,8 @@ def summary(
         bound_s.update(one.indexed.totals.bound_s if one.indexed else {})
     codes = {verified.exit, *(one.exit for one in sources), INTERRUPTED if interrupted else DONE}
     errors = [f"{one.name}: {one.error}" for one in sources if one.error]
+    parts = [part for report in reports for part in report.unlisted.examples]
+    unlisted = asdict(Unlisted(sum(report.unlisted.count for report in reports), parts[:UNLISTED_SHOWN]))
     done = (
         f"{sums['embedded']:,} embedded, {sums['copied']:,} copied, {sums['quarantined_new']:,} newly quarantined, "
         f"{sums['deleted']:,} deleted of {sums['inputs']:,} pictures"
@@ -88,11 +92,12 @@ def summary(
         **sums,
         "seconds": round(seconds, 3),
         "phases_s": clock.phases_s,
+        "unlisted": unlisted,
         "images_per_s": round((sums["embedded"] + sums["copied"]) / seconds, 2),
         "bound": max(bound_s, key=lambda stage: bound_s[stage], default=""),
         "lanes": sorted({lane for report in reports for lane in report.lanes}),
         "decoders": dict(sum((Counter(report.decoders) for report in reports), Counter[str]())),
-        "model": reports[0].model if reports else plan.index.model,
+        "model": reports[0].model if reports else plan.index.model or default_model(),
         "index": str(plan.index.out / "index.h5"),
         "generation": published.generation,
         "model_change": published.model_change and asdict(published.model_change),
@@ -103,7 +108,7 @@ def summary(
             | {"error": one.error, "exit": one.exit}
             for one in sources
         ],
-        "words": "; ".join([done, *errors]),
+        "words": "; ".join(filter(None, [done, unlisted_words(unlisted), *errors])),
         "exit": next((code for code in GRAVEST if code in codes), FAILED),
     }
 

@@ -48,7 +48,8 @@ def write_log(path: Path) -> None:
 
 def tell_all(plan: Nightly, night: Mapping[str, Any]) -> None:
     """`night` is the JSON of its last line."""
-    log.info("%s", night["words"], extra={"more": {"night": night}})
+    level = logging.INFO if night["exit"] in (DONE, BUDGET_SPENT) else logging.ERROR
+    log.log(level, "%s", night["words"], extra={"more": {"night": night}})
     if night["exit"] != LOCKED and (plan.index.out / "runs").is_dir():  # another night's turn, or no index yet
         try:
             write_night(plan.index.out, night)
@@ -84,8 +85,10 @@ def post(hook: WebhookTable, night: Mapping[str, Any]) -> bool:
     except urllib.error.HTTPError as error:
         log.error("the webhook at %s answered %d", host, error.code)
     except (OSError, http.client.HTTPException, ValueError) as error:
-        # Not its words: they may hold the address or the header.
-        log.error("the webhook at %s could not be reached: %s", host, type(error).__name__)
+        # Not all of its words: they may hold the address or the header. What the system calls it never does.
+        reason = error.reason if isinstance(error, urllib.error.URLError) else error
+        told = getattr(reason, "strerror", None) or type(reason).__name__
+        log.error("the webhook at %s could not be reached: %s", host, told)
     else:
         return True
     return False

@@ -27,6 +27,7 @@ from pipeline.report.words import MEANING, STATES, advice, again, headline, page
 from pipeline.run_reports import unended
 from pipeline.store import Generation, NoIndex, StoreError
 from pipeline.store.files import write_text
+from pipeline.terminal import reader_may_leave
 
 log = logging.getLogger("nightjar")
 
@@ -194,7 +195,8 @@ def main(argv: Sequence[str] | None = None) -> int:
         numbers = run_numbers(index)
         if args.run is None and not numbers:
             raise ReportError(f"no run in {index}; make one: python -m pipeline.index --out {index} ...")
-        print(write_report(index, numbers[-1] if args.run is None else args.run))
+        with reader_may_leave():
+            print(write_report(index, numbers[-1] if args.run is None else args.run))
     except (UsageError, ReportError) as error:
         log.error("error: %s", error)
         return USAGE

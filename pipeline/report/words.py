@@ -53,11 +53,16 @@ def headline(run: Mapping[str, Any]) -> str:
         _count(run["deleted"], "gone", "gone"),
     ]
     done = ", ".join(fact for fact in facts if fact)
-    bad = _count(run["quarantined_new"], "could not be read", "could not be read")
+    unlisted = run.get("unlisted", {}).get("count", 0)
+    bads = [
+        _count(run["quarantined_new"], "could not be read", "could not be read"),
+        _count(unlisted, "part of the source could not be listed", "parts of the source could not be listed"),
+    ]
+    bad = ", ".join(fact for fact in bads if fact)
     if run["pending"]:
         left = _count(run["pending"], "is", "are")
         return f"Stopped early: {done or 'nothing new'}; {left} still to do, and nothing is lost."
-    everything = f"all {run['inputs']:,} are accounted for."
+    everything = f"all {run['inputs']:,} {'others ' if unlisted else ''}are accounted for."
     if not done and not bad:
         return f"Nothing new: {everything}"
     return f"{done or 'Nothing new'}; {f'{bad}; ' if bad else ''}{everything}"
@@ -77,13 +82,13 @@ def advice(run: Mapping[str, Any], index: Path) -> tuple[str, str] | None:
     command = again(run, index)
     told = {
         exits.MANY_QUARANTINED: (
-            "More pictures than --max-quarantined allows are newly bad: look at them below. Everything else is "
-            "published, and files that are repaired or replaced are taken up by the next run.", command,
+            "More than --max-quarantined allows is newly bad, or could not be listed: look at it below. Everything "
+            "else is published, and files that are repaired or replaced are taken up by the next run.", command,
         ),
         exits.BUDGET_SPENT: ("The time budget was spent. What is done is kept; the same command goes on.", command),
         exits.MANY_DELETED: (
-            "The source lost more pictures than --max-deleted allows, so nothing was changed. Is it mounted? If this "
-            "is right:", f"{command} --max-deleted 100",
+            "The source lost more pictures than --max-deleted allows, so nothing of it was deleted or embedded. Is it "
+            "mounted? If this is right:", f"{command} --max-deleted 100",
         ),
         exits.DAMAGED: (
             "Files of the index are damaged. This finds them and makes them anew.",

@@ -60,6 +60,7 @@ class Service:
         self.renditions = Renditions(self.decoders, cfg.cache_bytes, metrics)
         self.answers = Answers(self.following, self.decoders, self.threads, cfg.upload_bytes)
         self.embeddings = Embeddings(self.following, self.decoders, cfg.upload_bytes)
+        self._description = JSONResponse(document()).body
 
     def routes(self) -> list[BaseRoute]:
         return [
@@ -109,7 +110,7 @@ class Service:
         return Response(self.metrics.text(), headers={"content-type": CONTENT_TYPE_LATEST})
 
     async def describe(self, _: Request) -> Response:
-        return JSONResponse(document())
+        return Response(self._description, media_type="application/json")
 
     async def login(self, request: Request) -> Response:
         """A form for people: the token is exchanged for a cookie that cannot be turned back into it."""

@@ -12,8 +12,9 @@ import numpy as np
 import numpy.typing as npt
 from tokenizers import Tokenizer
 
-from engines import Engine, open_engine
-from engines.spec import Artifact
+from engines import Engine, choose, load_engine, open_engine
+from engines.hardware import physical_cores
+from engines.spec import Artifact, Tower
 from pipeline.serve.batcher import Vectors
 
 RUN_ROWS = (8, 1)  # each is a session: B/32 maps its weights for each
@@ -29,8 +30,7 @@ class Embedder:
         """
         self.artifact = artifact
         self._tokenizer = Tokenizer.from_file(str(artifact.tokenizer_json))
-        self._text = [open_engine(artifact, "text", batch=rows) for rows in RUN_ROWS]
-        self._vision = [open_engine(artifact, "vision", "ort-cpu", batch=rows) for rows in RUN_ROWS]
+        self._text, self._vision = _opened(artifact, "text"), _opened(artifact, "vision", "ort-cpu")
 
     def texts(self, texts: Sequence[str]) -> Vectors:
         """(n, d) unit-norm; longer texts are cut to the model's context, the end token kept."""
@@ -40,6 +40,14 @@ class Embedder:
     def pixels(self, pixels_chw: Sequence[npt.NDArray[np.float32]]) -> Vectors:
         """(n, d) unit-norm, of pictures as `CpuStages` prepares them."""
         return np.concatenate(list(_runs(self._vision, pixels_chw)))
+
+
+def _opened(artifact: Artifact, tower: Tower, runtime: str = "auto") -> list[Engine]:
+    """A session for each size of run. Opening the first one says what was chosen."""
+    first, *others = RUN_ROWS
+    engines = [open_engine(artifact, tower, runtime, batch=first)]
+    path, card, _ = choose(artifact, tower, runtime)
+    return engines + [load_engine(path, card, physical_cores(), rows) for rows in others]
 
 
 def _runs(

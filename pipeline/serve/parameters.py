@@ -40,6 +40,13 @@ def _real(text: str) -> float:
     return number
 
 
+def _cosine(text: str) -> float:
+    number = _real(text)
+    if not -1 <= number <= 1:
+        raise ValueError("a number from -1 to 1")
+    return number
+
+
 def _share(text: str) -> float:
     number = _real(text)
     if not 0 <= number <= 1:
@@ -65,7 +72,10 @@ OFFSET = Parameter(
     "offset", {"type": "integer", "minimum": 0, "maximum": OFFSET_MAX, "default": 0}, "of the first one",
     _whole(0, OFFSET_MAX),
 )  # fmt: skip
-THRESHOLD = Parameter("threshold", {"type": "number"}, "only pictures with a cosine of at least this", _real)
+THRESHOLD = Parameter(
+    "threshold", {"type": "number", "minimum": -1, "maximum": 1}, "only pictures with a cosine of at least this",
+    _cosine,
+)  # fmt: skip
 Q = Parameter("q", {"type": "string", "maxLength": TEXT_CHARACTERS_MAX}, "what to look for", _text)
 SIZE = Parameter(
     "size", {"type": "integer", "minimum": 16, "maximum": 1024, "default": 256},

@@ -90,6 +90,8 @@ def parse_serve(argv: list[str] | None) -> ServeConfig:
     for name in ("deadline", "queue", "upload_mb", "rate", "cache_mb", "drain"):
         if (value := getattr(args, name)) <= 0:
             raise UsageError(f"--{name.replace('_', '-')} is {value:g}; it must be above 0")
+    if not 0 <= args.port <= 65535:
+        raise UsageError(f"--port is {args.port}; it is 1 to 65535, or 0 for a free one")
     token = _token(args.token_file)
     if token is None and not is_loopback(args.address):
         raise UsageError(

@@ -10,6 +10,7 @@ from __future__ import annotations
 import logging
 import re
 from abc import ABC, abstractmethod
+from collections import Counter
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from typing import ClassVar, Self, TypeAlias
@@ -18,6 +19,7 @@ from pipeline.batch import Item
 from pipeline.sources import Container, Damage, Entry, SourceError, Unchanged
 from pipeline.sources.keys import encode_key
 from pipeline.sources.lister import Lister
+from pipeline.sources.pictures import NOT_PICTURES, PICTURES, extension, tell_left_out
 from pipeline.sources.places import Found, Place, canonical_root, is_url, place_at, same_file, words_of
 
 log = logging.getLogger(__name__)
@@ -100,11 +102,16 @@ class ContainerSource(ABC):
             yield from place.names_like(self.pattern)
             return
         ending = self.ending.encode()
+        left_out: Counter[str] = Counter()
         for found in place.walk():
             if isinstance(found, Damage):
                 yield found
             elif found.name.lower().endswith(ending):
                 yield found.name
+            else:
+                kind = extension(found.name)
+                left_out[kind.decode() if kind in PICTURES or kind in NOT_PICTURES else "other"] += 1
+        tell_left_out(f"no {self.ending} files by their names", left_out)
 
 
 def _folder_and_pattern(root: str, ending: str) -> tuple[str, str]:

@@ -65,6 +65,9 @@ def only_pictures(place: Place, files: Iterator[Found | Damage]) -> Iterator[Fou
                 left_out["hidden" if hidden else kind.decode()] += 1
                 continue
         yield found
-    if left_out:
-        counts = ", ".join(f"{count} {kind}" for kind, count in left_out.most_common())
-        log.info("left out, no pictures by their names and first bytes: %s", counts)
+    tell_left_out("no pictures by their names and first bytes", left_out)
+
+
+def tell_left_out(why: str, kinds: Counter[str]) -> None:
+    if kinds:
+        log.info("left out, %s: %s", why, ", ".join(f"{count} {kind}" for kind, count in kinds.most_common()))

@@ -22,6 +22,8 @@ from pipeline.sources.places import MAX_READ_BYTES, Found, digest_of, words_of
 
 log = logging.getLogger(__name__)
 
+INDEX = (b"manifest.sqlite", b"generations/")  # what a folder holds that is an index of ours
+
 # Never waits: a pipe that took a picture's name is opened at once, and its status tells what it is.
 _READ_FLAGS = os.O_RDONLY | os.O_NONBLOCK | os.O_CLOEXEC
 
@@ -51,8 +53,8 @@ class LocalPlace:
     def walk(self, under: bytes = b"") -> Iterator[Found | Damage]:
         """Follows links; a link back to a folder we are in is left out, as `find -L` does, so the walk ends.
 
-        Hidden folders (version control, caches, waste bins) are left out. A link that leads nowhere is listed, with
-        size 0: it is a picture somebody expects, and reading it says what is wrong.
+        Hidden folders (version control, caches, waste bins) and indexes are left out. A link that leads nowhere is
+        listed, with size 0: it is a picture somebody expects, and reading it says what is wrong.
         """
         hidden = odd = 0
         open_folders: list[_OpenFolder] = []
@@ -64,7 +66,11 @@ class LocalPlace:
                 with _descriptor(self._path(prefix), os.O_DIRECTORY) as folder:
                     if entering is not None:
                         entering = None
-                        opened = _OpenFolder(prefix, iter(_names_in(self._path(prefix))), _identity(folder))
+                        names = _names_in(self._path(prefix))
+                        if all(name in names for name in INDEX):
+                            log.info("%s is left out: it is an index, not pictures", self.uri(prefix))
+                            continue
+                        opened = _OpenFolder(prefix, iter(names), _identity(folder))
                         if any(opened.identity == above.identity for above in open_folders):
                             odd += 1
                             continue

@@ -160,10 +160,11 @@ function showSummary() {
   $("share").hidden = !hits.length || address().has("picture");
   if (trouble) {
     delete shown.trouble;
-    const retry = trouble.signedOut ? signIn() : button("Try again", () => { say("notice"); say("end"); more(); });
+    const retry = () => button("Try again", () => { say("notice"); say("end"); more(); });
+    const actions = trouble.signedOut ? [signIn()] : trouble.lasting ? [] : [retry()];
     $("status").textContent = hits.length ? plural(total) : "";
     const words = trouble instanceof Trouble ? trouble.message : `This page failed: ${trouble.message}.`;
-    return say(hits.length ? "end" : "notice", words, [retry], true);
+    return say(hits.length ? "end" : "notice", words, actions, true);
   }
   if (total === null) return undefined;
   $("status").replaceChildren(element("b", plural(total)), total > 1 ? `, most fitting first · ${Math.max(1, Math.round(shown.took_ms))} ms` : "");

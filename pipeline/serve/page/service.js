@@ -13,10 +13,11 @@ export const OPTIONS = {
 /** What narrows an answer, of all that an address says. */
 export const optionsOf = (asked) => [...asked].filter(([name]) => name in OPTIONS);
 
+/** `lasting`: the same question would fail again. */
 export class Trouble extends Error {
-  constructor(words, signedOut = false) {
+  constructor(words, { signedOut = false, lasting = false } = {}) {
     super(words);
-    this.signedOut = signedOut;
+    Object.assign(this, { signedOut, lasting });
   }
 }
 
@@ -42,8 +43,9 @@ export async function fetchJson(path, { signal, body, busy, retries = RETRIES_MA
   }
   const answer = await response.json().catch(() => ({}));
   if (response.ok) return answer;
-  if (response.status === 401) throw new Trouble("You are signed out.", true);
-  throw new Trouble(answer.error ?? `The service answered ${response.status} ${response.statusText} without a reason.`);
+  if (response.status === 401) throw new Trouble("You are signed out.", { signedOut: true });
+  const lasting = response.status >= 400 && response.status < 500 && response.status !== 429;
+  throw new Trouble(answer.error ?? `The service answered ${response.status} ${response.statusText} without a reason.`, { lasting });
 }
 
 /** One page of the answer to what the address asks; facets come with the first one. */
@@ -53,7 +55,7 @@ export function fetchPage(asked, picture, facets, offset, waiting) {
   if (asked.has("similar")) return fetchJson(`api/similar/${encodeURIComponent(asked.get("similar"))}?${params}`, waiting);
   if (asked.has("q")) params.set("q", asked.get("q"));
   if (!asked.has("picture")) return fetchJson(`api/search?${params}`, waiting);
-  if (!picture) throw new Trouble("A link cannot carry a picture, and this page no longer has the one it asked with. Drop it here again.");
+  if (!picture) throw new Trouble("A link cannot carry a picture, and this page no longer has the one it asked with. Drop it here again.", { lasting: true });
   const body = new FormData();
   body.set("picture", picture);
   return fetchJson(`api/search?${params}`, { ...waiting, body });
