@@ -154,6 +154,8 @@ def _refuse_out(out: Path, root: str) -> None:
     if out.resolve() == Path(root).resolve():
         raise UsageError(f"--out {out} is the root itself; give the index its own folder, such as {out / 'index'}")
     whole = out.absolute()
+    if (whole / "manifest.sqlite").is_file():  # an index whose disk became read-only failed; its name is right
+        return
     there = next(path for path in (whole, *whole.parents) if os.path.lexists(path))
     if refused := refusal(there):
         raise UsageError(f"--out {out}: {refused}; give a folder that this user may write to")

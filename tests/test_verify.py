@@ -453,6 +453,6 @@ def test_findings_name_files_as_they_are(
     health = Health(findings=[Finding("damaged file", "a[/b].h5", "[red]1", "\x1b]0;owned\x07", "none")])
     show(parse(["--out", str(tmp_path / "[/x]\n")]), Verdict(health, None, None, 0.1, DAMAGED))
     shown = capsys.readouterr().out
-    for words in ("a[/b].h5", "[red]1", r"\x1b]0;owned\x07", r"[/x]\n: generation"):
+    for words in ("a[/b].h5", "[red]1", r"\x1b]0;owned\x07", r"[/x]\n: nothing published"):
         assert words in shown
     assert "\x07" not in shown
