@@ -7,7 +7,6 @@ from __future__ import annotations
 
 import argparse
 import errno
-import json
 import math
 import os
 import tempfile
@@ -23,6 +22,7 @@ from pipeline.devices import Devices, EngineWish, resolve_devices
 from pipeline.duration import parse_duration
 from pipeline.shares import POLICIES
 from pipeline.sources import SOURCES, Source, open_source
+from pipeline.store.generation import content_of
 from pipeline.store.publish import KEEP
 
 INDEX_EXAMPLES = """examples:
@@ -163,10 +163,10 @@ def _refuse_out(out: Path, root: str) -> None:
 
 def _refuse_another_model(out: Path, artifact: Artifact) -> None:
     """Than that of what is shown: a job that lost its NIGHTJAR_MODEL must not embed everything anew and show that."""
+    shown = content_of(out / "current")
     try:
-        shown = json.loads((out / "current" / "generation.json").read_text())
         space, model = shown["space"], shown["spec"]["model"]
-    except (OSError, ValueError, KeyError, TypeError):  # nothing is shown; or damaged, which the run will tell
+    except (KeyError, TypeError):  # nothing is shown; or damaged, which the run will tell
         return
     if space != artifact.spec.space:
         ours = artifact.spec.model

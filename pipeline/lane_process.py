@@ -51,7 +51,7 @@ from pipeline.messages import (
     decode_order,
     encode,
     sayable,
-)  # fmt: skip
+)
 from pipeline.posted_source import PostedSource
 from pipeline.reads import Read, Reader
 from pipeline.sources import Source

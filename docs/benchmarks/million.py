@@ -30,6 +30,7 @@ from export.demo_captions import full_query
 from export.demo_pictures import make_picture, random_attributes
 from pipeline.bench.answers import QUERIES, exact, lists
 from pipeline.bench.processes import Limit, index_command, run_measured
+from pipeline.run_reports import recent_reports
 from pipeline.search.index import Index
 
 FOLDER_FILES = 1000
@@ -53,8 +54,7 @@ def write_folders(root: Path, folders: range) -> None:
 
 def index(root: Path, out: Path, model: str) -> dict[str, Any]:
     done = run_measured(index_command(root, out, model), Limit(LIMIT_S))
-    newest = max(int(path.stem) for path in (out / "runs").glob("*.json"))
-    record = json.loads((out / "runs" / f"{newest}.json").read_text())
+    (record,) = recent_reports(out, 1)
     told = {name: done.result[name] for name in ("embedded", "quarantined", "images_per_s")}
     return {
         **told, "wall_s": round(done.wall_s, 1), "cpu_s": round(done.cpu_s), "peak_rss_mb": round(done.peak_rss_mb),

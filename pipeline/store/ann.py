@@ -17,7 +17,6 @@ readers look at. Centroids are those of k-means by cosine (Lloyd 1982; Dhillon a
 from __future__ import annotations
 
 import itertools
-import json
 import logging
 import time
 from collections.abc import Callable, Sequence
@@ -33,7 +32,7 @@ import numpy.typing as npt
 
 from pipeline.store.centroids import LISTS_EACH, train, two_lists
 from pipeline.store.files import DIGEST_BYTES, StoreDamaged, commit_file, digest_file, sync, temporary
-from pipeline.store.generation import Block, Distrusted
+from pipeline.store.generation import Block, Distrusted, content_of
 from pipeline.store.hdf5 import new_h5
 from pipeline.store.lists import Codes, Keys, ListFile, Lists, Lookup, OwnFile, content_keys, encode, read_centroids
 from pipeline.store.scan import Rows, Scan, Scores
@@ -157,7 +156,7 @@ def names_of(entry: dict[str, Any] | None) -> list[str]:
 
 def last_entry(home: Path) -> dict[str, Any] | None:
     """Of the generation in this folder; None where it has no lists, or cannot be read: then they are made anew."""
-    entry: dict[str, Any] | None = _content(home).get("ann")
+    entry: dict[str, Any] | None = content_of(home).get("ann")
     return {**entry, "distrusted": Distrusted.read(home)} if entry and "lists" in entry else None
 
 
@@ -166,17 +165,8 @@ def is_complete(home: Path) -> bool:
     entry = last_entry(home)
     if entry is not None:
         return bool(entry.get("complete")) and not any(entry["distrusted"])
-    content = _content(home)
+    content = content_of(home)
     return bool(content) and bool(2 * content["rows"] * content["dim"] < VECTOR_BYTES_MIN)
-
-
-def _content(home: Path) -> dict[str, Any]:
-    """Of generation.json; nothing where it cannot be read."""
-    try:
-        content: dict[str, Any] = json.loads((home / "generation.json").read_text(encoding="utf-8"))
-    except (OSError, ValueError):
-        return {}
-    return content
 
 
 def _update(

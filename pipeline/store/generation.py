@@ -231,6 +231,15 @@ class Generation:
         return values
 
 
+def content_of(home: Path) -> dict[str, Any]:
+    """Of the generation.json in this folder, as it is; nothing where it cannot be read."""
+    try:
+        content: dict[str, Any] = json.loads((home / "generation.json").read_text(encoding="utf-8"))
+    except (OSError, ValueError):
+        return {}
+    return content
+
+
 def _load(path: Path) -> dict[str, Any]:
     remedy = (
         "python -m pipeline.verify --repair publishes it again; until then python -m pipeline.generations --show N "
