@@ -10,7 +10,7 @@ compiler: 80 s for B/32 on 2 cores, 1.2 to 1.3 times as fast in fp32. Engines of
 GEMM peak between them, because on a shared machine only such ratios mean something. A second run over unchanged input
 compares digests and returns within seconds without loading torch. On a host with a GPU its engines are built and gated
 too (`build_gpu`).
-Exit codes: 0 done, 1 an engine missed its accuracy bar, 2 usage or configuration.
+Exit codes: 0 done, 1 an engine missed its accuracy bar or nothing could be written, 2 usage or configuration.
 """
 
 from __future__ import annotations
@@ -21,7 +21,6 @@ import logging
 import os
 import shutil
 import sys
-import tempfile
 import time
 from dataclasses import asdict, dataclass, replace
 from importlib import metadata
@@ -46,7 +45,7 @@ from engines.hardware import host_id, physical_cores
 from engines.memory_gpu import OutOfGpuMemory
 from engines.plan import COMPILED, PrecisionWish, Want, plan, write_whole
 from engines.rates import measure_rates
-from engines.spec import Artifact, EngineCard, artifacts_root, default_model
+from engines.spec import Artifact, EngineCard, artifacts_root, default_model, workplace
 
 log = logging.getLogger(__name__)
 
@@ -96,35 +95,42 @@ def build_engines(
     if target is not None or runtime in ("auto", *GPU_RUNTIMES):
         wanted_gpu, notes_gpu = build_gpu.plan_gpu(artifact, runtime, precision, RECIPE, target)
         wanted, notes = [*wanted, *wanted_gpu], [*notes, *notes_gpu]
-    missing = [want for want in wanted if not _is_current(artifact, want, allow_inaccurate)]
+
+    def missing() -> list[Want]:
+        return [want for want in wanted if not _is_current(artifact, want, allow_inaccurate)]
+
+    drafts: list[Draft] = []
     failures: list[gate.GateFailed] = []
-    # Beside engines/, not in it: the card names the graph as ../../onnx/, which must hold before and after the move.
-    with tempfile.TemporaryDirectory(dir=artifact.path, prefix=".build-") as scratch:
-        drafts = []
-        for want in missing:
-            log.info("building %s %s %s", want.tower, want.runtime, want.precision)
-            try:
-                draft = _draft(artifact, want, Path(scratch) / want.folder)
-                parity = draft.engine and gate.measure(draft.engine, *gate.golden(artifact, want.tower))
-            except (EngineUnavailable, OutOfGpuMemory) as error:
-                if runtime != "auto":
-                    raise
-                notes.append(f"{error}. Going on without it")
-                continue
-            if parity:
-                draft.card = replace(draft.card, parity=parity.as_numbers(), passed=not parity.failures)
-            if parity and parity.failures and not allow_inaccurate:
-                failures.append(gate.GateFailed(f"{want.tower} {want.runtime} {want.precision}", parity))
-            else:
-                drafts.append(draft)
-        measured = [draft for draft in drafts if draft.engine]
-        rates = measure_rates(artifact, [cast(gate.ExactEngine, draft.engine) for draft in measured])
-        for draft, (rate, gflop_per_s, share) in zip(measured, rates, strict=True):
-            draft.card = replace(draft.card, rows_per_s=rate, gflop_per_s=gflop_per_s, peak_share=share)
-        for draft in drafts:
-            _finish(artifact, draft)
+    if missing():
+        # Not in engines/: a card names its graph as ../../onnx/, which must hold before and after the move.
+        with workplace(artifact.path) as scratch:
+            for want in missing():  # asked again: another process may have built them while this one waited
+                log.info("building %s %s %s", want.tower, want.runtime, want.precision)
+                try:
+                    draft = _draft(artifact, want, scratch / want.folder)
+                    parity = draft.engine and gate.measure(draft.engine, *gate.golden(artifact, want.tower))
+                except (EngineUnavailable, OutOfGpuMemory) as error:
+                    if runtime != "auto":
+                        raise
+                    notes.append(f"{error}. Going on without it")
+                    continue
+                if parity:
+                    draft.card = replace(draft.card, parity=parity.as_numbers(), passed=not parity.failures)
+                if parity and parity.failures and not allow_inaccurate:
+                    failures.append(gate.GateFailed(f"{want.tower} {want.runtime} {want.precision}", parity))
+                else:
+                    drafts.append(draft)
+            _measure(artifact, [draft for draft in drafts if draft.engine])
+            for draft in drafts:
+                _finish(artifact, draft)
     cards = [card for want in wanted if (card := _read_card(artifact, want))]
     return Report(artifact, cards, len(drafts), [*notes, *_auto_notes(artifact)], failures)
+
+
+def _measure(artifact: Artifact, drafts: list[Draft]) -> None:
+    rates = measure_rates(artifact, [cast(gate.ExactEngine, draft.engine) for draft in drafts])
+    for draft, (rate, gflop_per_s, share) in zip(drafts, rates, strict=True):
+        draft.card = replace(draft.card, rows_per_s=rate, gflop_per_s=gflop_per_s, peak_share=share)
 
 
 def _auto_notes(artifact: Artifact) -> list[str]:
@@ -292,6 +298,9 @@ def main(arguments: list[str] | None = None) -> int:
     except (EngineUnavailable, ExportError, OutOfGpuMemory) as error:
         print(f"error: {error}", file=sys.stderr)
         return 2
+    except OSError as error:
+        print(f"error: {error}. What was finished before it is kept; the same command goes on", file=sys.stderr)
+        return 1
     seconds = time.perf_counter() - start
     if asked.json:
         cards = [asdict(card) for card in report.cards]

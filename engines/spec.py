@@ -2,6 +2,7 @@
 
     artifacts/<name>-<digest8>/
       spec.json             ModelSpec, written last: its existence means the export is complete
+      source.json           the files it was exported from: see engines.origin
       tokenizer/            tokenizer.json (read by the `tokenizers` library, no torch needed) and its HF companions
       onnx/                 {vision,text}-{fp32,fp16}.onnx
       golden/golden.npz     pictures (encoded), reference pixels and vectors: what gate and verify compare with
@@ -12,12 +13,19 @@ Nothing is ever read out of a file or folder name. This module needs nothing but
 
 from __future__ import annotations
 
+import fcntl
 import hashlib
 import json
+import logging
 import os
+import shutil
+from collections.abc import Iterator
+from contextlib import contextmanager
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Any, Literal, TypeAlias
+
+log = logging.getLogger(__name__)
 
 Tower: TypeAlias = Literal["vision", "text"]
 Precision: TypeAlias = Literal["fp32", "bf16", "fp16", "int8"]
@@ -169,20 +177,49 @@ def artifacts_root() -> Path:
     return Path(os.environ.get("NIGHTJAR_ARTIFACTS") or "artifacts")
 
 
-def find_artifact(model: str, root: Path | None = None) -> Artifact:
-    """The newest artifact recorded under `model` (hub id, or directory in any spelling).
+def find_artifact(model: str, root: Path | None = None, space: str | None = None) -> Artifact:
+    """The newest artifact recorded under `model` (hub id, or directory in any spelling); of `space` where one is there.
 
     Raises:
-        ArtifactMissing: none has been built; says how to build it.
+        ArtifactMissing: none has been built, or one there cannot be read; says how to build it.
     """
     root = root or artifacts_root()
     wanted = canonical_model(model)
-    found = [Artifact.open(path.parent) for path in root.glob("*/spec.json")]
+    found = []
+    for path in root.glob("*/spec.json"):
+        try:
+            found.append(Artifact.open(path.parent))
+        except (ValueError, TypeError, KeyError) as error:  # no JSON, or of another version: it may be the one wanted
+            raise ArtifactMissing(
+                f"{path} cannot be read ({type(error).__name__}: {error}). Move {path.parent} out of {root} and run "
+                f"make engines again"
+            ) from error
     matching = [a for a in found if a.spec.model == wanted]
     if not matching:
         have = ", ".join(sorted({a.spec.model for a in found})) or "none"
         raise ArtifactMissing(f"no artifact for {model!r} in {root} (there: {have}). Run: make engines MODEL={model}")
-    return max(matching, key=lambda a: (a.path / "spec.json").stat().st_mtime_ns)
+    return max(matching, key=lambda a: (a.spec.space == space, (a.path / "spec.json").stat().st_mtime_ns))
+
+
+@contextmanager
+def workplace(folder: Path) -> Iterator[Path]:
+    """An empty folder inside `folder` for what is being made there; rename it, or what it holds, when it is whole.
+
+    One process at a time: another one waits. What a killed one left is removed.
+    """
+    with (folder / ".lock").open("w") as lock:
+        try:
+            fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except BlockingIOError:
+            log.warning("another process builds in %s; waiting for it", folder)
+            fcntl.flock(lock, fcntl.LOCK_EX)
+        scratch = folder / ".making"
+        shutil.rmtree(scratch, ignore_errors=True)
+        scratch.mkdir()
+        try:
+            yield scratch
+        finally:
+            shutil.rmtree(scratch)
 
 
 def canonical_model(model: str) -> str:

@@ -32,6 +32,9 @@ def main(argv: list[str] | None = None) -> int:
     except ExportError as error:
         print(f"error: {error}", file=sys.stderr)
         return 2
+    except OSError as error:  # a full or read-only disk
+        print(f"error: {error}", file=sys.stderr)
+        return 1
     return 0
 
 

@@ -17,6 +17,7 @@ nobody's photos travel with a model.
 from __future__ import annotations
 
 import io
+import math
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -25,10 +26,12 @@ import numpy.typing as npt
 import torch
 from PIL import Image, ImageDraw, ImageOps
 
-from export.source import quiet_transformers
+from engines.spec import Preprocess
+from export.source import ExportError, quiet_transformers
 from export.towers import Towers
 
 EXIF_ORIENTATION = 0x0112
+PIXEL_ERROR_MAX = 1e-5  # after normalisation, where a level is 0.015
 TEXTS = (
     "a photo of a cat",
     "a red circle on a blue background",
@@ -72,7 +75,9 @@ def make_golden(towers: Towers) -> dict[str, npt.NDArray[Any]]:
     """The arrays of golden.npz for a model."""
     encoded = [encode(sample, seed) for seed, sample in enumerate(SAMPLES)]
     processor = quiet_transformers().CLIPImageProcessorPil.from_pretrained(towers.source)
-    pixels = np.concatenate([processor(upright(data), return_tensors="np")["pixel_values"] for data in encoded])
+    pictures = [upright(data) for data in encoded]
+    pixels = np.concatenate([processor(picture, return_tensors="np")["pixel_values"] for picture in pictures])
+    _check_pixels(towers, pictures, pixels)
     context = towers.spec.context_length
     tokens = towers.tokenizer(list(TEXTS), padding="max_length", truncation=True, max_length=context)
     ids = np.array(tokens["input_ids"], np.int32)
@@ -94,6 +99,30 @@ def make_golden(towers: Towers) -> dict[str, npt.NDArray[Any]]:
 def upright(encoded: bytes) -> Image.Image:
     """The one policy for a picture's pixels: turned as EXIF says, then RGB as Pillow converts it."""
     return ImageOps.exif_transpose(Image.open(io.BytesIO(encoded))).convert("RGB")
+
+
+def plain_pixels(picture: Image.Image, preprocess: Preprocess) -> npt.NDArray[np.float64]:
+    """(3, s, s): what spec.json says is done to a picture, and nothing else."""
+    size, (width, height) = preprocess.size, picture.size
+    wide, high = (int(size * edge / min(width, height)) for edge in (width, height))
+    left, top = (wide - size) // 2, (high - size) // 2
+    resized = picture.resize((wide, high), Image.Resampling.BICUBIC)
+    levels = np.asarray(resized.crop((left, top, left + size, top + size)), np.float64).transpose(2, 0, 1)
+    mean, std = (np.array(values)[:, None, None] for values in (preprocess.mean, preprocess.std))
+    scaled: npt.NDArray[np.float64] = (levels / 255 - mean) / std
+    return scaled
+
+
+def _check_pixels(towers: Towers, pictures: list[Image.Image], pixels_nchw: npt.NDArray[Any]) -> None:
+    want_nchw = np.stack([plain_pixels(picture, towers.spec.preprocess) for picture in pictures])
+    same_shape = pixels_nchw.shape == want_nchw.shape
+    error = float(np.abs(pixels_nchw - want_nchw).max()) if same_shape else math.inf
+    if not error <= PIXEL_ERROR_MAX:
+        raise ExportError(
+            f"{towers.source}: its image processor makes other pixels than shortest edge, bicubic, centre crop, mean "
+            f"and std do: shape {pixels_nchw.shape[1:]}, expected {want_nchw.shape[1:]}; largest difference "
+            f"{error:.2e}, allowed {PIXEL_ERROR_MAX:g}. Nothing else is reproduced exactly"
+        )
 
 
 def encode(sample: Sample, seed: int) -> bytes:

@@ -13,11 +13,9 @@ import json
 from pathlib import Path
 from typing import Any
 
+from engines.origin import CONFIG_FILES, SAFE_WEIGHTS, TORCH_WEIGHTS
 from engines.spec import Preprocess
 
-CONFIG_FILES = ["*.json", "merges.txt"]
-SAFE_WEIGHTS = ["model.safetensors", "model-*.safetensors"]
-TORCH_WEIGHTS = ["pytorch_model.bin", "pytorch_model-*.bin"]
 # What a model directory must hold: any one of the alternatives of each line, all files of that alternative.
 PARTS: dict[str, list[tuple[str, ...]]] = {
     "the configuration": [("config.json",)],
@@ -56,14 +54,12 @@ def source_dir(model: str) -> Path:
                 f"{directory} lacks {part}: expected {wanted}. Save the model with save_pretrained, its processor too, "
                 "or download the whole repository"
             )
+    if (directory / "adapter_config.json").is_file():
+        raise ExportError(
+            f"{directory} holds an adapter (adapter_config.json), which only peft adds to the weights. Merge it into "
+            "them (merge_and_unload, save_pretrained) and export what that gives"
+        )
     return directory
-
-
-def fingerprint(directory: Path) -> list[list[str | int]]:
-    """Name, size and time of every file an export reads: equal means that nothing needs to be read again."""
-    patterns = [*CONFIG_FILES, *SAFE_WEIGHTS, *TORCH_WEIGHTS]
-    paths = sorted({path for pattern in patterns for path in directory.glob(pattern)})
-    return [[path.name, (stat := path.stat()).st_size, stat.st_mtime_ns] for path in paths]
 
 
 def quiet_transformers() -> Any:
@@ -87,21 +83,20 @@ def read_json(path: Path) -> dict[str, Any]:
 
 def read_preprocess(directory: Path, image_size: int) -> Preprocess:
     """The preprocessing of the model, refused unless it is the one kind that every stage here reproduces exactly."""
-    path = directory / "preprocessor_config.json"
-    if path.is_file():
-        raw = read_json(path)
-    else:
-        path = directory / "processor_config.json"  # how transformers 5 saves a whole processor
-        raw = read_json(path).get("image_processor", {})
+    path = directory / "processor_config.json"  # how transformers 5 saves a whole processor; it reads it first
+    raw = read_json(path).get("image_processor") if path.is_file() else None
+    if raw is None:
+        path = directory / "preprocessor_config.json"
+        raw = read_json(path) if path.is_file() else {}
     factor = raw.get("rescale_factor", 1 / 255)
     size, crop = raw.get("size", 224), raw.get("crop_size", 224)
     kind = raw.get("image_processor_type", raw.get("feature_extractor_type", IMAGE_PROCESSORS[0]))
-    edge = size.get("shortest_edge") if isinstance(size, dict) else size
+    wanted_size = {"shortest_edge": size} if isinstance(size, int) else size
     crop_hw = (crop.get("height"), crop.get("width")) if isinstance(crop, dict) else (crop, crop)
     steps = ("do_resize", "do_center_crop", "do_rescale", "do_normalize", "do_convert_rgb")
     checks = {
         "image_processor_type": (kind in IMAGE_PROCESSORS, kind, IMAGE_PROCESSORS[0]),
-        "size": (edge == image_size, size, {"shortest_edge": image_size}),
+        "size": (wanted_size == {"shortest_edge": image_size}, size, {"shortest_edge": image_size}),
         "crop_size": (crop_hw == (image_size, image_size), crop, {"height": image_size, "width": image_size}),
         "resample": (raw.get("resample", BICUBIC) == BICUBIC, raw.get("resample"), f"{BICUBIC} (bicubic)"),
         "rescale_factor": (abs(factor * 255 - 1) < 1e-6, factor, 1 / 255),

@@ -164,11 +164,18 @@ def load_towers(model: str) -> Towers:
         ExportError: it cannot be had, or it is not a model whose vectors we can reproduce exactly.
     """
     directory = source_dir(model)
-    family = read_json(directory / "config.json").get("model_type")
+    config = read_json(directory / "config.json")
+    family = config.get("model_type")
     if family not in FAMILIES:
         raise ExportError(
             f"{model} is not a CLIP: model_type in its config.json is {family!r}, expected one of {sorted(FAMILIES)}"
         )
+    for name in ("auto_map", "quantization_config"):
+        if name in config:
+            raise ExportError(
+                f"{model}: its config.json has {name}, so code of its own or quantised weights give its vectors. Only "
+                "a plain CLIPModel with weights in floating point can be exported"
+            )
     module, attribute = FAMILIES[family].split(":")
     towers: Towers = getattr(importlib.import_module(module), attribute)(model, directory)
     return towers
@@ -181,13 +188,25 @@ def load_clip(model: str, directory: Path) -> Towers:
     preprocess = read_preprocess(directory, _check_config(model, config))
     with _reading(directory, "the weights"):
         hf, loading = transformers.CLIPModel.from_pretrained(
-            directory, config=config, dtype=torch.float32, attn_implementation="eager", output_loading_info=True
+            directory, config=config, dtype=torch.float32, attn_implementation="eager", output_loading_info=True,
+            ignore_mismatched_sizes=True,  # refused below, in words
+        )  # fmt: skip
+    if loading["mismatched_keys"]:
+        name, found, expected = sorted(loading["mismatched_keys"])[0]
+        raise ExportError(
+            f"{directory}: {name} has the shape {tuple(found)} in the weights, config.json asks for {tuple(expected)}. "
+            "The two do not belong together: take the config.json the model was saved with"
         )
     if loading["missing_keys"]:
         missing = sorted(loading["missing_keys"])
         raise ExportError(
             f"{directory}: the weights lack {len(missing)} tensors of a CLIPModel, the first is {missing[0]}. "
             "Both towers and both projections are needed; a classifier or a single tower cannot be exported"
+        )
+    if unknown := sorted(name for name in loading["unexpected_keys"] if _of_a_tower(name)):
+        raise ExportError(
+            f"{directory}: a CLIPModel has no place for {len(unknown)} tensors of the weights, the first is "
+            f"{unknown[0]}. Without them the towers give other vectors: save it as a CLIPModel whose config.json fits"
         )
     hf.eval().requires_grad_(False)
     vision, text = rewrite(hf)
@@ -208,6 +227,11 @@ def load_clip(model: str, directory: Path) -> Towers:
         versions={"torch": torch.__version__, "transformers": transformers.__version__},
     )
     return Towers(spec, vision, text, tokenizer, hf, directory)
+
+
+def _of_a_tower(name: str) -> bool:
+    """Heads beside the towers reach no vector; checkpoints from before 2023 store their position_ids, 0 to n."""
+    return name.startswith(("vision_model.", "text_model.", "visual_", "text_")) and not name.endswith("position_ids")
 
 
 def rewrite(hf: Any) -> tuple[VisionTower, TextTower]:

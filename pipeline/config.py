@@ -16,7 +16,8 @@ from pathlib import Path
 from typing import Any, Literal, NoReturn, get_args
 
 from engines import RUNTIMES
-from engines.spec import Artifact, Precision, default_model, find_artifact
+from engines.origin import current_artifact
+from engines.spec import Artifact, Precision, default_model
 from pipeline.batch import Reason
 from pipeline.devices import Devices, EngineWish, resolve_devices
 from pipeline.duration import parse_duration
@@ -128,7 +129,7 @@ def parse_index(argv: list[str] | None) -> Config:
         raise UsageError(f"--max-quarantined is {args.max_quarantined}; it is a number of pictures, at least 0")
     out = args.out or Path(f"{args.source}-index")
     _refuse_out(out, source.root)
-    artifact = find_artifact(args.model or default_model())
+    artifact = current_artifact(args.model or default_model())
     if args.model is None:
         _refuse_another_model(out, artifact)
     return Config(

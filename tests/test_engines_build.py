@@ -2,8 +2,13 @@
 
 from __future__ import annotations
 
+import fcntl
+import json
+import math
 import os
 import shutil
+import subprocess
+import sys
 import time
 from collections.abc import Callable
 from pathlib import Path
@@ -15,7 +20,7 @@ import pytest
 from compare import SPREAD_ERROR_MAX
 from runs import run_module
 
-from engines import EngineUnavailable, choose, gate, open_engine
+from engines import EngineUnavailable, choose, gate, hardware, open_engine
 from engines.build import Report, build_engines
 from engines.gate import OVERLAP_MIN
 from engines.hardware import gemm_peak_gflops, has_int8, host_id, physical_cores
@@ -123,6 +128,8 @@ def test_gate_failure_carries_its_numbers(artifact: Artifact, monkeypatch: pytes
 
 def test_a_second_build_does_nothing_and_says_so(artifact: Artifact) -> None:
     env = {"NIGHTJAR_ARTIFACTS": str(artifact.path.parent), "PYTHONPROFILEIMPORTTIME": "1"}
+    there = [artifact.path.parent, *artifact.path.parent.rglob("*")]
+    before = [path.stat().st_mtime_ns for path in there]
     start = time.perf_counter()
     ran = run_module("engines.build", "--model", artifact.spec.model, env=env)
     assert time.perf_counter() - start < 5
@@ -132,6 +139,35 @@ def test_a_second_build_does_nothing_and_says_so(artifact: Artifact) -> None:
     imported = {line.rsplit("|", 1)[-1].strip() for line in ran.stderr.splitlines()}
     assert "engines.gate" in imported
     assert "torch" not in imported, "torch was imported to find out that nothing changed"
+    assert [path.stat().st_mtime_ns for path in there] == before, "it must do on a read-only disk"
+
+
+def test_two_builds_at_once_build_once(editable: Artifact, tmp_path: Path) -> None:
+    """The one that waited finds what the other has built, and what a third left that was killed is removed."""
+    (folder,) = editable.path.glob("engines/vision-ort-cpu-*")
+    os.replace(folder, tmp_path / "built")
+    command = [sys.executable, "-m", "engines.build", "--model", editable.spec.model, "--runtime", "ort-cpu", "--json"]
+    env = {**os.environ, "NIGHTJAR_ARTIFACTS": str(tmp_path)}
+    with (editable.path / ".lock").open("w") as lock:
+        fcntl.flock(lock, fcntl.LOCK_EX)
+        waiting = subprocess.Popen(command, env=env, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True)
+        assert waiting.stderr is not None
+        assert waiting.stderr.readline() == f"another process builds in {editable.path}; waiting for it\n"
+        (editable.path / ".making" / "half").mkdir(parents=True)
+        os.replace(tmp_path / "built", folder)
+    said, _ = waiting.communicate(timeout=60)
+    assert waiting.returncode == 0
+    assert json.loads(said)["built"] == 0
+    assert not (editable.path / ".making").exists()
+
+
+@pytest.mark.parametrize("module", ["engines.build", "export"])
+def test_a_disk_that_takes_nothing_is_one_line_and_exit_1(module: str, artifact: Artifact, tmp_path: Path) -> None:
+    (tmp_path / "file").touch()
+    words = ["onnx", artifact.spec.model] if module == "export" else ["--model", artifact.spec.model]
+    ran = run_module(module, *words, env={"NIGHTJAR_ARTIFACTS": str(tmp_path / "file" / "artifacts")})
+    assert (ran.code, ran.stderr.count("\n")) == (1, 1)
+    assert "Not a directory" in ran.stderr
 
 
 def test_build_prints_one_json_object(artifact: Artifact) -> None:
@@ -251,6 +287,33 @@ def test_hardware_is_named_and_counted() -> None:
     assert " " not in host_id()
     assert 1 <= physical_cores() <= len(os.sched_getaffinity(0))
     assert gemm_peak_gflops("fp32", 1) > 0.5
+
+
+@pytest.mark.parametrize(
+    ("mine", "files", "cpus"),
+    [
+        ("0::/", {"cpu.max": "150000 100000"}, 1.5),  # a container: its own group is mounted as the root
+        ("0::/a.slice/b.service", {"a.slice/b.service/cpu.max": "200000 100000"}, 2.0),  # systemd: CPUQuota=200%
+        ("0::/a/b", {"a/cpu.max": "400000 100000", "a/b/cpu.max": "max 100000"}, 4.0),  # of the group above
+        ("0::/a/b", {"a/b/cpu.max": "max 100000"}, math.inf),
+        ("4:cpu,x:/a\n1:y:/", {"cpu/a/cpu.cfs_quota_us": "300000", "cpu/a/cpu.cfs_period_us": "100000"}, 3.0),
+        ("4:cpu:/hidden", {"cpu/cpu.cfs_quota_us": "-1", "cpu/cpu.cfs_period_us": "100000"}, math.inf),
+        (None, {}, math.inf),  # no control groups
+    ],
+)
+def test_a_quota_of_any_group_above_counts(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, mine: str | None, files: dict[str, str], cpus: float
+) -> None:
+    for name, text in files.items():
+        (tmp_path / name).parent.mkdir(parents=True, exist_ok=True)
+        (tmp_path / name).write_text(f"{text}\n")
+    if mine is not None:
+        (tmp_path / "mine").write_text(f"{mine}\n")
+    monkeypatch.setattr(hardware, "CGROUPS", tmp_path)
+    monkeypatch.setattr(hardware, "MY_CGROUPS", tmp_path / "mine")
+    monkeypatch.setattr("os.sched_getaffinity", lambda pid: set(range(10_000, 10_016)))  # no host tells where they are
+    assert hardware._cgroup_cpus() == cpus
+    assert physical_cores() == min(16, math.ceil(cpus) if cpus < math.inf else 16)
 
 
 def test_runs_are_sized_by_tokens() -> None:

@@ -32,10 +32,11 @@ from pipeline.search.embedders import PictureEmbedder, TextEmbedder, read_pictur
 from pipeline.search.query import WORD_FOR_WORD, Query, QueryError, Term, check_vector, combine, parse_query
 from pipeline.search.relevance import Background
 from pipeline.search.where import EVERYTHING, Where
-from pipeline.store import Generation, StoreDamaged
+from pipeline.store import Generation, NoIndex, StoreDamaged
 from pipeline.store.lists import Lookup
 from pipeline.store.scan import Query as Vector
 from pipeline.store.scan import Rows, Scan, Scores
+from pipeline.writing import why_no_index
 
 if TYPE_CHECKING:
     from pipeline.search.filters import Filters
@@ -65,7 +66,9 @@ class Index:
         alone. `exact` leaves the lists out altogether.
 
         Raises:
-            NoIndex, StoreDamaged: with what was expected and what to run. Never zeros in place of vectors.
+            NoIndex: no generation is published at `path`: there is nothing, or a first run goes on, or ended too soon.
+            StoreDamaged: a file of it is not what was written. Both are StoreErrors of `pipeline.store`, and say what
+            was expected and what to run. Never zeros in place of vectors.
         """
         path = Path(path)
         while True:
@@ -323,7 +326,10 @@ def open_checked(index: Path) -> Generation:
     Raises:
         NoIndex, StoreDamaged: with what was expected and what to run. Never zeros in place of vectors.
     """
-    generation = Generation.open(index)
+    try:
+        generation = Generation.open(index)
+    except NoIndex:
+        raise NoIndex(why_no_index(index)) from None
     if sum(block.emb_nd.nbytes for block in generation.blocks()) <= DIGEST_CHECK_BYTES:
         generation.close()
         generation = Generation.open(index, "digest")
@@ -336,7 +342,7 @@ def artifact_of(generation: Generation, model: str | None) -> Artifact:
     Raises:
         ArtifactMissing, UsageError: it is not here, or `model` names another one.
     """
-    artifact = find_artifact(model or str(generation.spec["model"]))
+    artifact = find_artifact(model or str(generation.spec["model"]), space=generation.space)
     if artifact.spec.space != generation.space:
         raise UsageError(
             f"the index holds vectors of {generation.spec['model']} in space {generation.space}, the artifact of "

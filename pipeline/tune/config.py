@@ -8,7 +8,8 @@ from dataclasses import dataclass
 from typing import get_args
 
 from engines import RUNTIMES
-from engines.spec import Precision, default_model, find_artifact
+from engines.origin import current_artifact
+from engines.spec import Precision, default_model
 from pipeline.config import UsageError
 from pipeline.devices import EngineWish, resolve_devices
 from pipeline.setting import memory_limit_bytes
@@ -57,7 +58,7 @@ def parse_tune(argv: list[str] | None) -> TuneConfig:
     """
     args = tune_parser().parse_args(argv)
     source = open_source(args.source, args.root, split=args.split)
-    wish = EngineWish(find_artifact(args.model), args.runtime, args.precision)
+    wish = EngineWish(current_artifact(args.model), args.runtime, args.precision)
     names = tuple(dict.fromkeys(resolve_devices(args.devices, wish).names))
     gpu_names = tuple(name for name in names if name != "cpu")
     if gpu_names and args.devices != "auto" and "cpu" in names:
