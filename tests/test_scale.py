@@ -2,13 +2,16 @@
 
 from __future__ import annotations
 
+import tracemalloc
 from pathlib import Path
 
 import numpy as np
 import pytest
 
 from pipeline.bench.nights import SCOPE, SPACE, listing, make_manifest, night, observe
-from pipeline.store import Store
+from pipeline.store import ShardInfo, Store, amend
+from pipeline.store.places import DataFile
+from pipeline.store.table import shown_by
 
 KEYS = 20_000
 
@@ -52,6 +55,24 @@ def test_any_order_of_listing_finds_the_same(manifest: Path, order: str) -> None
         assert sum(one.unchanged for one in found) == len(items)
         assert sum(one.new + one.changed + one.relabelled + one.repeated for one in found) == 0
         assert store.listing_preview() == (KEYS - len(items), KEYS)
+
+
+def test_the_order_of_a_table_is_worked_out_in_pieces(monkeypatch: pytest.MonkeyPatch) -> None:
+    rows, count = 20_000, 50
+    monkeypatch.setattr(amend, "ID_PIECE", rows)
+    infos = [ShardInfo(f"shards/{number}.h5", rows, 8, 0, "", 0) for number in range(count)]
+    nothing = np.empty((0, 2), np.int64)
+    files = [DataFile(at, info, np.arange(rows) + at * rows, nothing) for at, info in enumerate(infos)]
+    order = np.arange(rows * count)
+    other = np.append(order[:-1], 0)
+    tracemalloc.start()
+    shown = sum(len(ids) for ids in shown_by(files))
+    first_moved = [amend._first_moved(one) for one in (order, order[::-1], other, order[:1])]
+    peak = tracemalloc.get_traced_memory()[1]
+    tracemalloc.stop()
+    assert shown == rows * count - 1, "who shows a row is a number above 0"
+    assert first_moved == [rows * count, 0, rows * count - 1, 1]
+    assert peak < 4 * 8 * rows, f"{peak:,} bytes"
 
 
 def test_renaming_everything_embeds_nothing(tmp_path: Path) -> None:

@@ -39,6 +39,7 @@ from pipeline.store.table import (
     count_rows,
     count_values,
     metadata_of,
+    shown_by,
     write_repeated,
     write_virtual,
 )
@@ -95,10 +96,12 @@ class Staged:
     def write(self, path: Path, db: sqlite3.Connection, out: Path, dim: int, files: Sequence[DataFile]) -> Written:
         """Write index.h5 for `files`, which may have been folded since they were staged."""
         before, (firsts, repeated) = self.basis.rows, count_rows(files)
-        source = np.concatenate([*(file.shows[file.live] for file in files), *(file.repeats[:, 1] for file in files)])
-        source -= 1
-        moved = np.flatnonzero(source != np.arange(len(source)))
-        first_moved = int(moved[0]) if len(moved) else len(source)
+        source = np.empty(firsts + repeated, np.int64)
+        at = 0
+        for ids in shown_by(files):
+            np.subtract(ids, 1, out=source[at : at + len(ids)])
+            at += len(ids)
+        first_moved = _first_moved(source)
         shutil.copyfile(self.basis.path, path)
         with h5py.File(self.basis.path, "r", locking=False) as last, edit_h5(path) as (h5, check):
             del h5["embeddings"]
@@ -216,6 +219,15 @@ def _keep(places: Places, basis: Basis, at_of: dict[str, int], gone: Ids) -> Non
         shows[gone[here] - first_row] = 0
         places.shows[places.starts[at_of[file["name"]]] + positions] = shows
         first_row += live
+
+
+def _first_moved(source: Ids) -> int:
+    """The first row that is not where it was; their number where all of them are."""
+    for first in range(0, len(source), ID_PIECE):
+        part = source[first : first + ID_PIECE]
+        if len(moved := np.flatnonzero(part != np.arange(first, first + len(part)))):
+            return first + int(moved[0])
+    return len(source)
 
 
 def _put_in_order(dataset: h5py.Dataset, last: h5py.Dataset | None, source: Ids, first: int, before: int) -> None:

@@ -16,7 +16,6 @@ from collections.abc import Callable, Iterator
 import numpy as np
 import numpy.typing as npt
 
-from pipeline.store.scan import Rows, Scan
 from pipeline.store.shards import Vectors
 
 PER_ROOT, LISTS_MAX = 4, 16_384  # lists are four times the square root of the rows, as Faiss advises, up to a cost
@@ -26,12 +25,18 @@ LISTS_EACH, ORTHOGONALITY = 2, 1.0  # that a vector stands in; lambda of SOAR
 SCORE_BYTES = 64 << 20  # of the products at one time
 SUM_ROWS = 16_384  # added up at once: 32 MB at d = 512
 
+ListNumbers = npt.NDArray[np.uint16]
 
-def train(scan: Scan, row_of: Rows, rng: np.random.Generator, out_of_time: Callable[[], bool]) -> Vectors:
-    """(l, d) centroids for these rows. Time that is over ends the rounds: less well placed ones are centroids, too."""
-    lists = min(len(row_of), LISTS_MAX, int(PER_ROOT * len(row_of) ** 0.5))
-    size = min(len(row_of), lists * SAMPLE_PER_LIST, SAMPLE_MAX)
-    sample_nd = scan.gather(np.sort(rng.choice(row_of, size, replace=False)))
+
+def sizes(rows: int) -> tuple[int, int]:
+    """How many lists so many rows have, and how many of the rows tell where."""
+    lists = min(rows, LISTS_MAX, int(PER_ROOT * rows**0.5))
+    return lists, min(rows, lists * SAMPLE_PER_LIST, SAMPLE_MAX)
+
+
+def train(sample_nd: Vectors, lists: int, rng: np.random.Generator, out_of_time: Callable[[], bool]) -> Vectors:
+    """(l, d) centroids of a sample. Time that is over ends the rounds: less well placed ones are centroids, too."""
+    size = len(sample_nd)
     centroids_ld = sample_nd[rng.choice(size, lists, replace=False)]
     for _ in range(ROUNDS):
         if out_of_time():
@@ -58,10 +63,10 @@ def nearest_centroid(emb_nd: Vectors, centroids_ld: Vectors) -> npt.NDArray[np.i
     return np.concatenate(parts)
 
 
-def two_lists(emb_nd: Vectors, centroids_ld: Vectors) -> npt.NDArray[np.int64]:
+def two_lists(emb_nd: Vectors, centroids_ld: Vectors) -> ListNumbers:
     """(n, 2) the nearest centroid, and the one with the smallest loss of SOAR; (n, 1) where there is one centroid."""
     if len(centroids_ld) == 1:
-        return np.zeros((len(emb_nd), 1), np.int64)
+        return np.zeros((len(emb_nd), 1), np.uint16)
     wide_ld = centroids_ld.astype(np.float32)
     found = []
     for part_nd in _parts(emb_nd, len(centroids_ld)):
@@ -75,7 +80,7 @@ def two_lists(emb_nd: Vectors, centroids_ld: Vectors) -> npt.NDArray[np.int64]:
         loss_nl *= ORTHOGONALITY
         loss_nl -= 2 * products_nl
         loss_nl[np.arange(len(first)), first] = np.inf
-        found.append(np.stack([first, np.argmin(loss_nl, axis=1)], axis=1))
+        found.append(np.stack([first, np.argmin(loss_nl, axis=1)], axis=1).astype(np.uint16))
     return np.concatenate(found)
 
 

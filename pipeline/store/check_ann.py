@@ -11,15 +11,15 @@ from __future__ import annotations
 from pathlib import Path
 from typing import Any
 
-import h5py
 import numpy as np
 import numpy.typing as npt
 
 from pipeline.store.centroids import LISTS_EACH
 from pipeline.store.check import Health, What, few
-from pipeline.store.files import DIGEST_BYTES, StoreDamaged
+from pipeline.store.contents import key_order
+from pipeline.store.files import StoreDamaged
 from pipeline.store.generation import Distrusted, Generation
-from pipeline.store.lists import Keys, ListFile, Lists, OwnFile, content_keys, read_centroids
+from pipeline.store.lists import Keys, ListFile, Lists, OwnFile, read_centroids, read_map
 from pipeline.store.scan import Scan
 from pipeline.store.shards import PIECE_ROWS
 
@@ -41,7 +41,9 @@ def check_lists(out: Path, number: int, content: dict[str, Any], shown: bool, re
         whole = [_sound(out, number, one, remedy, health) for one in (centroids, *files)]
         if _sound(out, number, own, remedy, health) and all(whole) and shown:
             _compare(out, number, content, centroids, files, own, remedy, health)
-    except (KeyError, TypeError, ValueError, OSError, StoreDamaged) as error:
+    except StoreDamaged as error:
+        _wrong(number, str(error.path.relative_to(out)), error.expected, error.found, remedy, health)
+    except (KeyError, TypeError, ValueError, OSError) as error:
         where = f"generations/{number}/ann.npy"
         _wrong(number, where, "readable lists beside it", f"{type(error).__name__}: {error}", remedy, health)
 
@@ -66,31 +68,23 @@ def _compare(
     out: Path, number: int, content: dict[str, Any], centroids: OwnFile, files: list[OwnFile], own: OwnFile,
     remedy: str, health: Health,
 ) -> None:  # fmt: skip
-    with h5py.File(out / content["index"]["name"], "r", locking=False) as table:
-        keys_n = content_keys(table["content_hash"][:].reshape(-1, DIGEST_BYTES))
-    order = np.argsort(keys_n, kind="stable")
-    map_2n = np.load(out / own.name, mmap_mode="r")
-    wanted = np.stack([keys_n[order], order.astype(np.uint64)])
-    if map_2n.shape != wanted.shape:
-        _wrong(number, own.name, f"keys of {len(keys_n):,} rows", f"{map_2n.shape[-1]:,}", remedy, health)
-    elif len(bad := np.flatnonzero((map_2n != wanted).any(axis=0))):
+    keys_n, order = key_order(out / content["index"]["name"])
+    map_2n = read_map(out / own.name, len(order))
+    centroids_ld = read_centroids(out / centroids.name, content["dim"])
+    all_lists = {file.name: Lists.open(out / file.name, centroids_ld.shape) for file in files}
+    wanted = np.stack([keys_n[order], order.view(np.uint64)])
+    if len(bad := np.flatnonzero((map_2n != wanted).any(axis=0))):
         examples = [f"row {wanted[1, at]}" for at in bad[:3].tolist()]
         _wrong(number, own.name, "the keys of index.h5 in its rows", few(len(bad), examples), remedy, health)
     covered = np.zeros(len(keys_n), np.bool_)
     for first, count in content["ann"]["tail"]:
         covered[first : first + count] = True
-    all_lists = {file.name: Lists.open(out / file.name) for file in files}
-    centroids_ld = read_centroids(out / centroids.name)
-    for name, lists in list(all_lists.items()):
+    for name, lists in all_lists.items():
         covered |= np.isin(keys_n, lists.keys)
         held, times = np.unique(lists.keys, return_counts=True)
         if len(odd := np.flatnonzero(times != min(LISTS_EACH, len(centroids_ld)))):
             found = few(len(odd), [f"key {held[at]:016x}" for at in odd[:3].tolist()])
             _wrong(number, name, f"each content in {LISTS_EACH} lists", found, remedy, health)
-        if len(lists.starts) != len(centroids_ld) + 1:
-            found = f"{len(lists.starts) - 1:,}"
-            _wrong(number, name, f"the {len(centroids_ld):,} lists of {centroids.name}", found, remedy, health)
-            del all_lists[name]
     if not (health.broken.shards or health.broken.rows):  # else it is not known which of the two is wrong
         _compare_vectors(out, number, centroids_ld.astype(np.float32), all_lists, wanted, remedy, health)
     if len(lost := np.flatnonzero(~covered)):

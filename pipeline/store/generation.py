@@ -28,7 +28,7 @@ import numpy.typing as npt
 
 from pipeline.store.files import GENERATION_SCHEMA, NoIndex, StoreDamaged, StoreError, write_text
 from pipeline.store.listing import Scope
-from pipeline.store.shards import F16, ShardInfo, check_file, map_embeddings
+from pipeline.store.shards import ShardInfo, check_file, map_embeddings
 
 Check = Literal["size", "digest"]
 DISTRUSTED = "distrusted.json"  # beside generation.json
@@ -47,7 +47,7 @@ class Block:
     """All vectors of one data file, dead ones too: scan them raw, then drop what maps to no row."""
 
     name: str
-    emb_nd: np.memmap[Any, F16]
+    emb_nd: npt.NDArray[np.float16]  # mapped
     first_row: int  # row of index.h5 that its first live vector has
     runs: npt.NDArray[np.int64]  # (k, 2): first position and count of each stretch of live vectors
     engine: str = ""  # as `ShardInfo.engine`

@@ -44,6 +44,7 @@ from pipeline.store.files import (
     write_text,
 )
 from pipeline.store.fold import FILES_MAX, fold, plan
+from pipeline.store.list_files import FOLDER
 from pipeline.store.manifest import next_id, read_state, set_basis, transaction
 from pipeline.store.places import DataFile, scan
 from pipeline.store.shards import ShardInfo
@@ -53,7 +54,7 @@ KEEP = 3  # generations, the current one included
 WriteTable: TypeAlias = Callable[[Path, sqlite3.Connection, Path, int, Sequence[DataFile]], table.Written]
 Review: TypeAlias = Callable[[int, int], None]  # numbers of the generation that is shown and of the one to be shown
 DATA_FOLDERS = ("shards", "segments")
-FILE_FOLDERS = (*DATA_FOLDERS, ann.FOLDER)
+FILE_FOLDERS = (*DATA_FOLDERS, FOLDER)
 OUR_DATA = re.compile(r"\d{6,}(-\d{6,})?\.(h5|usearch|keys)(\.tmp)?")
 OUR_REPORT_DRAFT = re.compile(r"\d+\.(json|html)\.tmp")
 OUR_GENERATION = re.compile(r"\d+(\.tmp)?")

@@ -27,6 +27,7 @@ Scores: TypeAlias = npt.NDArray[np.float32]
 Query: TypeAlias = npt.NDArray[np.float16]
 
 PIECE_BYTES = 32 << 20  # of vectors scored at once: large enough that Python costs nothing, small enough to share out
+JOINED_BYTES = 4 << 20  # of live vectors in several files: copied together, since each file costs an answer 45 us
 GATHER_SHARE = 0.25  # of a piece: below, its allowed rows are copied together; above, scoring all of them is cheaper
 LOWEST = float(np.finfo(np.float32).min)
 CORES = len(os.sched_getaffinity(0))
@@ -36,7 +37,7 @@ class Scan:
     """Holds the blocks' mappings, 8 bytes for every dead row, and a pool of threads; safe to share among threads."""
 
     def __init__(self, blocks: Sequence[Block]) -> None:
-        self.blocks = list(blocks)
+        self.blocks = _joined(blocks)
         self.dim: int = self.blocks[0].emb_nd.shape[1] if self.blocks else 0
         self.rows = sum(block.live for block in self.blocks)
         self._firsts = np.array([block.first_row for block in self.blocks], np.int64)
@@ -94,7 +95,9 @@ class Scan:
             return _highest(scores.T, k)
 
         fill = np.full((len(queries_qd), k), -np.inf, np.float32)
-        found = np.concatenate([fill, *self._pool.map(best, self._pieces())], axis=1)
+        # Scores and a copy of them take more than a short vector does: 48 queries of d = 64 three times as much.
+        pieces = self._pieces(8 * len(queries_qd))
+        found = np.concatenate([fill, *self._pool.map(best, pieces)], axis=1)
         kth: Scores = _highest(found, k).min(axis=1)
         return kth
 
@@ -110,8 +113,8 @@ class Scan:
             vectors[mine] = block.emb_nd[block.runs[run, 0] + offset - starts[run]]
         return vectors
 
-    def _pieces(self) -> Iterator[tuple[int, slice]]:
-        step = max(1, PIECE_BYTES // max(1, 2 * self.dim))
+    def _pieces(self, row_bytes: int = 1) -> Iterator[tuple[int, slice]]:
+        step = max(1, PIECE_BYTES // max(row_bytes, 2 * self.dim))
         for number, block in enumerate(self.blocks):
             for first in range(0, len(block.emb_nd), step):
                 yield number, slice(first, min(first + step, len(block.emb_nd)))
@@ -149,11 +152,20 @@ class Scan:
         return rows
 
 
+def _joined(blocks: Sequence[Block]) -> list[Block]:
+    """Small files as one block in memory, without what is dead: 825 rows in ten files took .48 ms, in one .10."""
+    if len(blocks) < 2 or sum(2 * block.live * block.emb_nd.shape[1] for block in blocks) > JOINED_BYTES:
+        return list(blocks)
+    parts = [block.emb_nd[first : first + count] for block in blocks for first, count in block.runs.tolist()]
+    live_nd = np.concatenate([blocks[0].emb_nd[:0], *parts])
+    return [Block("joined", live_nd, 0, np.array([[0, len(live_nd)]]))]
+
+
 def _highest(scores_qn: Scores, k: int) -> Scores:
     """(q, k) the k highest of each row, in no order; fewer where there are fewer."""
     rows = scores_qn.shape[1]
     highest: Scores = scores_qn if rows <= k else np.partition(scores_qn, rows - k, axis=1)[:, rows - k :]
-    return highest
+    return highest.copy()  # a view would keep all of them: 192 bytes a row of the index for 48 queries
 
 
 def score(emb_nd: npt.NDArray[np.float16], query_d: Query) -> Scores:

@@ -135,7 +135,7 @@ class Store:
             os.close(lock)
             raise
         if swept:
-            log.info("swept %d files of an interrupted run, such as %s", len(swept), swept[0])
+            log.info("swept what an interrupted run left: %d files, such as %s", len(swept), swept[0])
         return store
 
     def __enter__(self) -> Store:

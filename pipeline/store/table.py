@@ -102,7 +102,7 @@ def write(
         columns, left_out = _columns(db, files)
         _create(h5, rows, columns, left_out)
         writer = Writer(h5, db, marks, columns)
-        for ids in [*(file.shows[file.live] for file in files), *(file.repeats[:, 1] for file in files)]:
+        for ids in shown_by(files):
             writer.append(ids)
             check()
         offset = write_repeated(h5, out, files, dim)
@@ -115,6 +115,14 @@ def write(
 def count_rows(files: Sequence[DataFile]) -> tuple[int, int]:
     """Vectors that are shown, and how often one of them is shown again."""
     return sum(file.live_rows for file in files), sum(len(file.repeats) for file in files)
+
+
+def shown_by(files: Sequence[DataFile]) -> Iterator[Ids]:
+    """Who shows the rows of the table, in their order: those of one data file after the other, then the repetitions."""
+    for file in files:
+        yield file.shows[file.live]
+    for file in files:
+        yield file.repeats[:, 1]
 
 
 # --- metadata
