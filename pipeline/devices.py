@@ -11,6 +11,7 @@ from __future__ import annotations
 import contextlib
 import importlib.util
 import traceback
+from dataclasses import replace
 from pathlib import Path
 from typing import Any, Literal, NamedTuple, cast
 
@@ -20,6 +21,7 @@ from engines.memory_gpu import DeviceArray, GpuError, OutOfGpuMemory, Stream, gp
 from engines.spec import Artifact, Precision
 from pipeline.batch import DeviceUnavailable
 from pipeline.cores import divide, nodes, usable_cores
+from pipeline.hardware_share_gpu import allowed
 from pipeline.lanes import Board, LaneSpec
 from pipeline.messages import Broken, Lost, Refused, sayable
 from pipeline.setting import Setting, default_setting, lane_bytes, memory_limit_bytes, tuned_for
@@ -118,7 +120,8 @@ def plan(
     """A lane for each name, or as many as were tuned, or `trial` instead of what was tuned.
 
     Raises:
-        DeviceUnavailable: CPU lanes that were asked for do not fit into memory together.
+        DeviceUnavailable: CPU lanes that were asked for do not fit into memory together, or NIGHTJAR_HARDWARE_SHARE
+            is no share.
     """
     gpu_names = tuple(name for name in names if name != "cpu")
     main: Device = "gpu" if gpu_names else "cpu"
@@ -136,6 +139,7 @@ def plan(
     settings: dict[Device, Setting] = {kind: default_setting(kind, each, share) for kind in ("cpu", "gpu")}
     if trial is not None:
         settings[main] = trial
+    settings["gpu"] = replace(settings["gpu"], hardware_share=allowed(settings["gpu"].hardware_share))
     cpu_lanes = names.count("cpu")
     if named and cpu_lanes > 1 and not _fits(wish, cpu_lanes):
         need = cpu_lanes * lane_bytes(wish.choice("cpu").card, None)
@@ -153,7 +157,7 @@ def plan(
 
 def default_lanes(names: tuple[str, ...], wish: EngineWish) -> int:
     """On each device. A CPU with several memories gets one for each: weights and batches lie beside their cores."""
-    count = nodes(usable_cores())
+    count = min(nodes(usable_cores()), physical_cores())  # of a container's quota there may be less than memories
     return count if names == ("cpu",) and count > 1 and _fits(wish, count) else 1
 
 
@@ -172,6 +176,7 @@ def lane_specs(devices: Devices, source: Source, wish: EngineWish, logs: Path) -
             log_path=logs / f"{lane.device.replace(':', '')}-{number}.log", batch=lane.setting.batch,
             team=lane.setting.team, lead_batches=lane.setting.lead_batches,
             hardware_share=lane.setting.hardware_share, cpus=lane.cpus,
+            cores=max(1, physical_cores() // len(devices.lanes)),
         )
         for number, lane in enumerate(devices.lanes)
     ]  # fmt: skip
@@ -218,15 +223,18 @@ def last_words(spec: LaneSpec, error: BaseException) -> Refused | Lost | Broken:
     if isinstance(error, EngineUnavailable | DeviceUnavailable):
         return Refused(sayable(str(error)))
     if isinstance(error, OutOfGpuMemory):
-        artifact = Artifact.open(spec.artifact_path)
-        card = choose(artifact, "vision", spec.runtime, spec.precision, spec.kind).card
-        return Lost(sayable(str(error)), full_at=spec.batch or card.batch)
+        return Lost(sayable(str(error)), full_at=spec.batch or _batch_of(spec))
     if spec.kind == "gpu":
         try:
             Stream().synchronize()  # after a fault, every call fails
-        except GpuError as sick:
+        except (GpuError, OutOfGpuMemory) as sick:
             return Lost(sayable(f"{type(error).__name__}: {error}; {sick}"))
     with contextlib.suppress(OSError):  # the disk that failed may be the log's
         traceback.print_exc()  # into the lane's log
     words = f"{type(error).__name__}: {error}; the whole story is in {spec.log_path}"
     return Broken(sayable(f"{spec.name} failed, what is done is committed: {words}"))
+
+
+def _batch_of(spec: LaneSpec) -> int:
+    artifact = Artifact.open(spec.artifact_path)
+    return choose(artifact, "vision", spec.runtime, spec.precision, spec.kind).card.batch

@@ -107,7 +107,7 @@ class LaneProcess:
         self.send_lock = threading.Lock()
         self._watch_for_lost_threads()
         if spec.kind == "cpu":
-            share_cores(max(physical_cores(), spec.engine_threads))  # bound to, or asked for
+            share_cores(max(min(spec.cores, physical_cores()), spec.engine_threads))  # bound to, or asked for
         self.engine = open_lane_engine(spec)
         assert self.engine.slots <= ENGINE_SLOTS_MAX
         self.stages = open_stages(spec, board, self.engine)
@@ -118,7 +118,7 @@ class LaneProcess:
         self.free_slots: queue.Queue[int] = queue.Queue()
         for slot in range(self.engine.slots):
             self.free_slots.put(slot)
-        self.tick, self.tick_start_s = Tick(), time.monotonic()
+        self.tick, self.tick_start_s = Tick(), 0.0
 
     def run(self) -> None:
         card = self.engine.card
@@ -139,6 +139,8 @@ class LaneProcess:
             source = PostedSource(self.spec.source, self.board)
             reader = Reader(cast(Source, source), pool, READ_THREADS, lambda: self.board.stopped)
             while (chunk := self._next_chunk()) is not None:
+                # Speed counts from the first chunk: a lane may have waited for others that take longer to start.
+                self.tick_start_s = self.tick_start_s or time.monotonic()
                 work = Work(chunk)
                 source.row_ids = {row.locator: row.id for row in chunk.rows}
                 for batch in self._batches(work, reader):

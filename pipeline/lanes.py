@@ -29,6 +29,7 @@ TICK_S = 1.0
 STARTING, START_DEADLINE_S = -1, 600.0  # stands on the board in place of a row; a hung driver must not hang the run
 ENGINE_SLOTS_MAX = 8  # batches that a GPU may have in hand
 READ_THREADS = 8  # hides the latency of network file systems; on a warm local cache one is enough
+KILL_S = 5.0  # a process that a driver holds outlives its kill, and must not hold the run
 READ_DEADLINE_S = 120.0  # of one picture's bytes: a slow network stays below, one that is gone does not
 STOP_GRACE_S = 30.0  # one engine batch of the largest model on one slow core
 
@@ -96,6 +97,7 @@ class LaneSpec:
     lead_batches: int = 2  # read ahead and waiting to be decoded
     hardware_share: float = HARDWARE_SHARE  # of a GPU's JPEGs, for its hardware decoder
     cpus: tuple[int, ...] = ()  # bound to these before anything starts a thread; empty: as the coordinator
+    cores: int = 1  # of the host's, its share; fewer where it is bound to fewer
 
     @property
     def kind(self) -> Device:
@@ -116,6 +118,8 @@ class Lane:
     alone: bool = False  # it holds one suspect row and gets nothing else until that is decided
     hung: Literal["", "decode", "read"] = ""  # killed because this took longer than it may
     killed: bool = False  # by somebody else; mostly the kernel, for want of memory
+    lost: str = ""  # why it ended, in its own words; it has none when it crashes
+    content: bytes | None = None  # hash of the row it holds alone, once that is read
 
     @classmethod
     def start(cls, spec: LaneSpec) -> Lane:
@@ -154,6 +158,11 @@ class Lane:
         # The views compare in C, which almost always does; `tune` has rows in a chunk twice, and may hear of one.
         return in_place and (told.items() <= held.items() or told <= held)
 
+    @property
+    def may_be_why(self) -> bool:
+        """Of a dead one: whether it may have ended so with any other picture in hand."""
+        return self.killed or self.hung == "read" or bool(self.lost) or not self.board.in_hand()
+
     def saw(self, rows_per_s: float) -> None:
         self.rows_per_s = (self.rows_per_s + rows_per_s) / 2 if self.rows_per_s else rows_per_s
 
@@ -167,7 +176,7 @@ class Lane:
 
     def kill(self) -> None:
         self.process.kill()
-        self.process.join()
+        self.process.join(timeout=KILL_S)
         self.conn.close()
 
     def close(self) -> None:

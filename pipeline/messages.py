@@ -21,7 +21,7 @@ class Claim(msgspec.Struct, frozen=True, tag=True):
     """Which of these contents are new? Those become this chunk's to compute."""
 
     chunk: int
-    hashes: list[ContentHash]
+    hashes: Annotated[list[ContentHash], msgspec.Meta(min_length=1)]
 
 
 class Done(msgspec.Struct, frozen=True, tag=True):

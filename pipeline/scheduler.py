@@ -1,9 +1,9 @@
 """Work sharing: cuts pending rows into chunks, hands them to lanes first come first served, commits what comes back.
 
-Every pending row is handed out until it has an outcome. When a lane dies or hangs, the rows it had in hand are retried
-alone, one per chunk; one that takes a lane down by itself is quarantined, and everything else goes back to the queue.
-A lane whose GPU memory was full starts again with half the batch. A lane that cannot go on is given up and the others
-finish its work. Each lane holds two chunks, so that it never waits for the coordinator between them.
+Every pending row is handed out until it has an outcome. When a lane dies or hangs, what it had goes back to the queue,
+but for the rows that `pipeline.blame` wants to be tried alone, and another lane starts in its place. A lane whose GPU
+memory was full starts again with half the batch. A lane that cannot go on is given up and the others finish its work.
+Each lane holds two chunks, so that it never waits for the coordinator between them.
 """
 
 from __future__ import annotations
@@ -17,7 +17,7 @@ from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field, replace
 from multiprocessing.connection import wait
 
-from pipeline.batch import Reason
+from pipeline.blame import Blame
 from pipeline.history import Sample, Throughput
 from pipeline.lanes import STOP_GRACE_S, TICK_S, Lane, LaneSpec
 from pipeline.messages import Broken, Chunk, Claim, Done, Lost, Message, Ready, Refused, Tick, Verdict
@@ -27,8 +27,6 @@ from pipeline.store import Outcome, PendingItem, Store
 log = logging.getLogger(__name__)
 
 CHUNKS_PER_LANE = 2
-LANE_DEATHS_MAX = 3  # deaths in a row with nobody to blame: it is not the pictures
-READ_CRASHES_MAX = 3  # rows of one container that take their reader down; then its others are not read
 
 
 class LaneFailed(Exception):
@@ -66,16 +64,16 @@ class Sharing:
     totals: Totals = field(default_factory=Totals)
     lanes: list[Lane] = field(default_factory=list)
     returned: deque[PendingItem] = field(default_factory=deque)  # of chunks whose lane died
-    suspects: deque[PendingItem] = field(default_factory=deque)  # to be retried alone
     cursor: int = 0  # rows up to here have been handed out in this pass
     left: int = 0  # rows of this pass not handed out yet
     chunk_number: int = 0
     claimed: dict[bytes, int] = field(default_factory=dict)  # content hash -> chunk that computes it
-    accused: dict[str, tuple[PendingItem, Lane]] = field(default_factory=dict)  # lane -> what it died of, alone
-    crashed_reads: Counter[str] = field(default_factory=Counter)  # by container; rows that took their reader down
-    deaths: Counter[str] = field(default_factory=Counter)  # of each lane, since its last finished chunk
     start_s: float = field(default_factory=time.monotonic)
+    blame: Blame = field(init=False)
     _left_before: int = sys.maxsize  # pending rows when this pass began
+
+    def __post_init__(self) -> None:
+        self.blame = Blame(self.specs[0].source.container_of, self._quarantine)
 
     def run(self) -> Totals:
         """Until every pending row has an outcome, or the run is stopped.
@@ -83,7 +81,8 @@ class Sharing:
         Raises:
             LaneFailed: a lane met a bug of ours, or every lane was given up. LaneRefused: one cannot be had at all.
         """
-        self.left = self.store.counts().pending
+        counts = self.store.counts()
+        self.left, self.blame.proven = counts.pending, counts.embedded > 0
         self.lanes = [Lane.start(spec) for spec in self.specs]
         try:
             while not self.stopping() and self._hand_out():
@@ -105,23 +104,30 @@ class Sharing:
                 if lane.ready and not lane.alone and len(lane.chunks) < CHUNKS_PER_LANE:
                     self._give(lane)
         # A lane that is still starting is waited for only if it must judge a picture, or there is no other.
-        if self.accused or any(lane.chunks for lane in self.lanes) or not any(lane.ready for lane in self.lanes):
+        if self.blame.accused or any(lane.chunks for lane in self.lanes) or not any(lane.ready for lane in self.lanes):
             return True
-        if self._left_to_give():  # the policy wants every lane to be there
+        if self.blame.suspects or self._left_to_give():  # the policy wants every lane to be there
             return True
         return self._another_pass()
 
     def _give(self, lane: Lane) -> None:
-        if self.suspects:
-            if lane.chunks:
-                return  # wait: a suspect must be alone, so that a second death can only be its own
-            rows = self._without_crashers([self.suspects.popleft()])
-            lane.alone = bool(rows)
-        else:
-            rows = self._without_crashers(self._next_rows(self._chunk_rows(lane)))
-        if rows:
+        if rows := self._rows_for(lane):
             self.chunk_number += 1
             lane.give(Chunk(self.chunk_number, self.store.shard_path(), rows))
+
+    def _rows_for(self, lane: Lane) -> list[PendingItem]:
+        """A chunk, or the one row that the lane gets alone because its next death has to be judged."""
+        if not self.blame.wants(lane):
+            return self.blame.spared(self._next_rows(self._chunk_rows(lane)))
+        if lane.chunks:
+            return []  # wait: what is judged must be alone, so that a second death can only be its own
+        rows = self.blame.spared(self.blame.next_alone(lane, self._one_from_elsewhere))
+        lane.alone, lane.content = bool(rows), None
+        return rows
+
+    def _one_from_elsewhere(self) -> list[PendingItem]:
+        """The farthest from where a lane died: large pictures, bad files and the like lie side by side."""
+        return [self.returned.pop()] if self.returned else self._next_rows(1)
 
     def _chunk_rows(self, lane: Lane) -> int:
         if not (left := self._left_to_give()):
@@ -175,7 +181,7 @@ class Sharing:
     def _handle(self, lane: Lane, message: Message) -> None:
         match message:
             case Claim():
-                lane.tell(Verdict(self._judge(message)))
+                lane.tell(Verdict(self._judge(lane, message)))
             case Done():
                 self._commit(lane, message)
             case Tick():
@@ -187,7 +193,8 @@ class Sharing:
             case Ready():
                 self._welcome(lane, message)
             case Refused(words):
-                if lane.spec.name not in self.totals.engines and (self.all_needed or len(self.specs) == 1):
+                needed = lane.spec.name not in self.totals.engines and (self.all_needed or len(self.specs) == 1)
+                if needed and not self.stopping():
                     raise LaneRefused(words)
                 self._give_up(lane, words)
             case Lost():
@@ -195,25 +202,29 @@ class Sharing:
             case Broken(words):
                 raise LaneFailed(words)
 
-    def _judge(self, claim: Claim) -> list[bool]:
+    def _judge(self, lane: Lane, claim: Claim) -> list[bool]:
         """New contents are reserved for the asking chunk, so that equal bytes are computed once."""
+        lane.content = claim.hashes[0]
         new = []
         for content_hash, known in zip(claim.hashes, self.store.has_vectors(claim.hashes), strict=True):
-            new.append(not known and content_hash not in self.claimed)
+            new.append(not (known or content_hash in self.claimed or content_hash in self.blame.condemned))
             if new[-1]:
                 self.claimed[content_hash] = claim.chunk
         return new
 
     def _commit(self, lane: Lane, done: Done) -> None:
-        committed = self.store.commit_chunk(done.shard, done.outcomes)
+        committed = self.store.commit_chunk(done.shard, self.blame.settled(done.outcomes))
         self.totals.embedded += committed.embedded
         self.totals.sample.add([outcome.id for outcome in done.outcomes if outcome.status == "embedded"])
         self.totals.copied += committed.copied
         self.totals.quarantined_new += committed.quarantined_new
         self.totals.decoders.update(done.decoders)
         self._release(lane, done.chunk)
+        self.blame.finished(lane)
         lane.alone = False
-        del self.deaths[lane.spec.name]
+
+    def _quarantine(self, outcomes: Sequence[Outcome]) -> None:
+        self.totals.quarantined_new += self.store.commit_chunk(None, outcomes).quarantined_new
 
     def _release(self, lane: Lane, chunk_number: int) -> Chunk:
         self.claimed = {h: number for h, number in self.claimed.items() if number != chunk_number}
@@ -229,44 +240,35 @@ class Sharing:
 
     def _bury(self, lane: Lane, lost: Lost) -> None:
         """A lane died: settle its rows and start another in its place."""
-        name, log_path, in_hand = lane.spec.name, lane.spec.log_path, lane.board.in_hand()
         lane.kill()
+        lane.lost = lost.words
         lane.killed = not lost.words and not lane.hung and lane.process.exitcode == -signal.SIGKILL
         rows = self._rows_of(lane)
         self.lanes.remove(lane)
         if lost.full_at:
             self._shrink(lane, lost, rows)
             return
-        suspects = [row for row in rows if lane.alone or any(first <= row.id <= last for first, last in in_hand)]
-        blamed = {row.id for row in suspects}
-        self.returned.extend(row for row in rows if row.id not in blamed)
-        if lane.alone:
-            self.accused[name] = (suspects.pop(), lane)
-        self.suspects.extend(suspects)
-        if lost.words or not in_hand or lane.hung == "read":
-            self.deaths[name] += 1
+        back = self.blame.died(lane, rows)
+        self.returned.extend(back)
         log.warning(
             "%s died (exit code %s%s); %d unfinished rows are retried, %d of them alone; its last words: %s",
-            name,
+            lane.spec.name,
             lane.process.exitcode,
-            lost.words and f": {lost.words}",
+            ": killed, mostly for want of memory" if lane.killed else lost.words and f": {lost.words}",
             len(rows),
-            len(suspects),
-            log_path,
+            len(rows) - len(back),
+            lane.spec.log_path,
         )
-        if self.deaths[name] >= LANE_DEATHS_MAX:
-            why = f"with no picture in hand: out of memory, or a fault of the engine; see the system log and {log_path}"
-            if lane.hung == "read":
-                why = f"waiting for bytes of {lane.spec.source.root}: is it there, and does it answer?"
-            self._give_up(
-                lane, f"{name} died {self.deaths[name]} times in a row (exit code {lane.process.exitcode}) {why}"
-            )
-        elif not self.stopping():
+        if self.stopping():
+            return  # nobody starts again, so nobody is judged: what it held stays pending
+        if words := self.blame.lane_itself(lane):
+            self._give_up(lane, words)
+        else:
             self.lanes.append(Lane.start(lane.spec))
 
     def _shrink(self, lane: Lane, lost: Lost, rows: list[PendingItem]) -> None:
         """GPU memory was full: nobody's picture is to blame, and the lane goes on with half the batch."""
-        (self.suspects if lane.alone else self.returned).extend(rows)
+        (self.blame.suspects if lane.alone else self.returned).extend(rows)
         if lost.full_at == 1:
             self._give_up(lane, f"{lane.spec.name}: its memory is full even with one picture at a time: {lost.words}")
         elif not self.stopping():
@@ -284,13 +286,14 @@ class Sharing:
         """The run goes on with what is left. What the lane was accused of is open again: it may be the lane's fault."""
         name = lane.spec.name
         self.totals.engines[name] = f"{self.totals.engines.get(name, '')} (given up)".strip()
-        if name in self.accused:
-            self.suspects.append(self.accused.pop(name)[0])
+        self.blame.given_up(lane)
         if lane in self.lanes:
             lane.kill()
             self.lanes.remove(lane)
             self.returned.extend(self._rows_of(lane))
         if not self.lanes:
+            if self.stopping():
+                return
             raise LaneFailed(f"{words}. No lane is left; what is done is committed, and the same command goes on there")
         left = ", ".join(other.spec.name for other in self.lanes)
         log.error("%s is given up, the run goes on with %s: %s", name, left, words)
@@ -299,47 +302,25 @@ class Sharing:
         return [row for number in list(lane.chunks) for row in self._release(lane, number).rows]
 
     def _welcome(self, lane: Lane, ready: Ready) -> None:
-        """A device that starts again and gives right pixels is not what killed the lane that had one row in hand."""
-        lane.ready, self.totals.engines[lane.spec.name] = ready, ready.engine
-        log.info("%s runs %s, batches of %d", lane.spec.name, ready.engine, ready.batch)
-        if accused := self.accused.pop(lane.spec.name, None):
-            row, dead = accused
-            reading = dead.board.reading()
-            if reading and not dead.hung and not dead.killed:
-                self.crashed_reads[_container(row)] += 1
-            reason: Reason = "timeout" if dead.hung else "decoder_crash"
-            words = f"took its {'reader' if reading else 'decoder'} process down twice, the second time alone"
-            decoding = any(first <= row.id <= last for first, last in dead.board.in_hand())
-            if not decoding:
-                words = "the engine died twice with it, the second time with it alone, after it was decoded"
-            if dead.hung == "read" or dead.killed or not decoding:  # not the picture: it is tried again in the next run
-                reason = "read_error"
-            if dead.killed:
-                words += "; no crash, it was killed, mostly for want of memory: see the system log"
-            self._condemn([row], reason, f"{words} (exit code {dead.process.exitcode})")
-
-    def _condemn(self, rows: Sequence[PendingItem], reason: Reason, words: str) -> None:
-        outcomes = [Outcome(row.id, "quarantined", None, reason, words=words) for row in rows]
-        self.totals.quarantined_new += self.store.commit_chunk(None, outcomes).quarantined_new
-
-    def _without_crashers(self, rows: list[PendingItem]) -> list[PendingItem]:
-        """A parquet file that takes its reader down does so with row after row; it is not given the chance."""
-        crashers = {name for name, rows_lost in self.crashed_reads.items() if rows_lost >= READ_CRASHES_MAX}
-        if not crashers:
-            return rows
-        lost = [row for row in rows if _container(row) in crashers]
-        if lost:
-            self._condemn(lost, "decoder_crash", f"{READ_CRASHES_MAX} pictures beside it took their reader down")
-        return [row for row in rows if _container(row) not in crashers]
+        name = lane.spec.name
+        lane.ready, self.totals.engines[name] = ready, ready.engine
+        log.info("%s runs %s, batches of %d", name, ready.engine, ready.batch)
+        self.blame.started(lane)
 
     def _drain(self) -> None:
-        """The run is stopped: lanes drop the batch in flight and hand in the rows that are done."""
+        """The run is stopped: lanes drop the batch in flight and hand in the rows that are done.
+
+        Raises:
+            LaneFailed: a lane met a bug of ours, and the others have handed in.
+        """
         for lane in self.lanes:
             lane.board.stop()
         deadline_s = time.monotonic() + STOP_GRACE_S
+        broken: list[LaneFailed] = []
         while any(lane.chunks for lane in self.lanes) and time.monotonic() < deadline_s:
-            self._listen(timeout_s=0.2)
-
-
-def _container(row: PendingItem) -> str:
-    return row.key.rpartition("/")[0]
+            try:
+                self._listen(timeout_s=0.2)
+            except LaneFailed as error:
+                broken.append(error)
+        if broken:
+            raise broken[0]

@@ -465,6 +465,7 @@ SAID: dict[str, Callable[[Path], bytes]] = {
     "another chunk": lambda _: encode(replace(DONE, chunk=8)),
     "a claim for another chunk": lambda _: encode(Claim(8, [bytes(16)])),
     "half a hash": lambda _: encode(Claim(7, [bytes(8)])),
+    "a claim for nothing": lambda _: encode(Claim(7, [])),
     "half a hash of an outcome": lambda _: encode(replace(DONE, outcomes=[Outcome(4, "copied", bytes(8))])),
     "another's row": lambda _: encode(replace(DONE, outcomes=[Outcome(5, "copied", bytes(16))])),
     "a row twice": lambda _: encode(replace(DONE, outcomes=[DONE.outcomes[1]] * 2)),

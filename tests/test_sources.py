@@ -126,6 +126,18 @@ def test_sidecars_are_left_out_by_content_not_by_name(tmp_path: Path, caplog: py
     assert "1 hidden folders" in caplog.text
 
 
+def test_what_is_still_being_written_is_no_picture_yet(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
+    """Whole pictures by their bytes, but whoever writes them has not given them their names."""
+    unfinished = ["a.jpg.part", "b.PARTIAL", "c.jpg.crdownload", "d.tmp", "e.jpg~", "f.jpg.filepart", "g.incomplete"]
+    hidden = [".a.jpg.Xa93kQ", ".syncthing.b.jpg.tmp", "._c.jpg", ".nfs0001"]  # rsync, Syncthing, macOS, NFS
+    write(tmp_path, *unfinished, *hidden, "part.jpg", "tmp/d.jpg", "~e.jpg", ".f.jpg", "partial", "g.part.jpg")
+    with caplog.at_level(logging.INFO):
+        assert keys(tmp_path) == [".f.jpg", "g.part.jpg", "part.jpg", "partial", "tmp/d.jpg", "~e.jpg"]
+    assert "7 unfinished, 4 hidden" in caplog.text
+    (tmp_path / "a.jpg.part").rename(tmp_path / "a.jpg")
+    assert "a.jpg" in keys(tmp_path), "the next run finds it whole"
+
+
 def test_an_index_below_the_root_is_no_picture(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
     write(tmp_path, "a.jpg", "idx/lock", "idx/manifest.sqlite", "idx/manifest.sqlite-wal", "idx/generations/1/ann.npy")
     write(tmp_path, "b/generations/c.jpg", "b/manifest.sqlite.jpg")

@@ -149,8 +149,29 @@ def test_a_name_that_comes_twice_is_told(tmp_path: Path) -> None:
     damage, item = entries(open_source("tar", str(tmp_path)))
     assert isinstance(damage, Damage)
     assert isinstance(item, Item)
+    assert damage.words == "member 'a.jpg' comes twice; only the first counts"
     assert open_source("tar", str(tmp_path)).read(item.locator, item.size_bytes) == b"old"
-    assert "twice" in damage.words
+
+
+def test_members_with_endless_names_are_told_once_and_cost_nothing_else(tmp_path: Path) -> None:
+    """Names of 250 KB, which tar can hold: every one of them would stand in the manifest and in each index."""
+    endless = {f"{'deep/' * 50_000}{number}.jpg": picture("x") for number in range(20)}
+    odd = {f"{number}.{'odd' * 80_000}": b"0" for number in range(20)}
+    longest = "n" * 4092 + ".jpg"
+    (tmp_path / "a.tar").write_bytes(tar_bytes({"0.jpg": picture("0"), **endless, **odd, longest: picture("1")}))
+    *found, damage, last = entries(open_source("tar", str(tmp_path)))
+    assert isinstance(damage, Damage)
+    assert "has a name of more than 4,096 bytes (and 19 more)" in damage.words
+    assert len(damage.words) < 300
+    assert [entry.key for entry in (*found, last) if isinstance(entry, Item)] == ["a.tar/0.jpg", f"a.tar/{longest}"]
+
+
+def test_what_a_log_says_of_a_tar_does_not_grow_with_it(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
+    members = {f"{number}.{'odd' * 1_000}{number}": b"0" for number in range(50)}
+    (tmp_path / "a.tar").write_bytes(tar_bytes({"0.jpg": picture("0"), "._0.jpg": b"a fork", "0.mp3": b"0", **members}))
+    with caplog.at_level(logging.INFO):
+        assert list(items(open_source("tar", str(tmp_path)))) == ["a.tar/0.jpg"]
+    assert "left out, neither pictures nor their metadata in a.tar: 50 other, 1 jpg, 1 mp3" in caplog.text
 
 
 @pytest.mark.parametrize("kind", ["tar", "parquet"])
@@ -194,11 +215,11 @@ def test_roots_of_containers(tmp_path: Path) -> None:
 
 def test_what_lies_beside_containers_is_counted(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
     (tmp_path / "a.tar").write_bytes(tar_bytes(MEMBERS))
-    for name in ("1.jpg", "2.JPG", "table.csv", "x.what"):
+    for name in ("1.jpg", "2.JPG", "table.csv", "x.what", "._a.tar", ".b.tar", "c.tar.part"):
         (tmp_path / name).write_bytes(b"0")
     with caplog.at_level(logging.INFO):
         assert len(items(open_source("tar", str(tmp_path)))) == 4
-    assert "left out, no .tar files by their names: 2 jpg, 1 csv, 1 other" in caplog.text
+    assert "left out, no .tar files by their names: 2 tar, 2 jpg, 1 part, 1 csv, 1 other" in caplog.text
 
 
 def test_containers_behind_urls(tmp_path: Path) -> None:

@@ -79,6 +79,9 @@ class Source(Protocol):
             BadImage: `read_error` (also when the bytes changed since or while they were read), `too_large`, `empty`.
         """
 
+    def container_of(self, locator: bytes) -> bytes:
+        """The file that holds this picture beside others; empty for one that is a file of its own."""
+
 
 def open_source(kind: str, root: str | None, *, split: str | None = None, download: bool = False) -> Source:
     """The source of that kind at `root`, which has to be there unless it is about to be downloaded.

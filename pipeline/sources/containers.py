@@ -19,7 +19,7 @@ from pipeline.batch import Item
 from pipeline.sources import Container, Damage, Entry, SourceError, Unchanged
 from pipeline.sources.keys import encode_key
 from pipeline.sources.lister import Lister
-from pipeline.sources.pictures import NOT_PICTURES, PICTURES, extension, tell_left_out
+from pipeline.sources.pictures import is_passed_over, kind_of, tell_left_out
 from pipeline.sources.places import Found, Place, canonical_root, is_url, place_at, same_file, words_of
 
 log = logging.getLogger(__name__)
@@ -106,11 +106,10 @@ class ContainerSource(ABC):
         for found in place.walk():
             if isinstance(found, Damage):
                 yield found
-            elif found.name.lower().endswith(ending):
+            elif found.name.lower().endswith(ending) and not is_passed_over(found.name):
                 yield found.name
             else:
-                kind = extension(found.name)
-                left_out[kind.decode() if kind in PICTURES or kind in NOT_PICTURES else "other"] += 1
+                left_out[kind_of(found.name)] += 1
         tell_left_out(f"no {self.ending} files by their names", left_out)
 
 

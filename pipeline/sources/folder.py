@@ -48,3 +48,6 @@ class Folder:
 
     def read(self, locator: bytes, size_bytes: int) -> bytes:
         return place_at(self.root).read(locator, size_bytes)
+
+    def container_of(self, locator: bytes) -> bytes:
+        return b""

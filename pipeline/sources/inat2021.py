@@ -76,6 +76,9 @@ class Inat2021:
     def read(self, locator: bytes, size_bytes: int) -> bytes:
         return place_at(self.root).read(locator, size_bytes)
 
+    def container_of(self, locator: bytes) -> bytes:
+        return b""
+
 
 def metadata_of_folder(name: bytes) -> dict[str, MetadataValue]:
     """Taxa from `<split>/00023_Animalia_..._Alectoris_chukar/x.jpg`; a folder of another form gives only its name."""

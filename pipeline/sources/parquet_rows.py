@@ -75,6 +75,9 @@ class ParquetRows(ContainerSource):
             raise BadImage("too_large", f"{len(encoded)} bytes; at most {MAX_READ_BYTES} are read")
         return encoded
 
+    def container_of(self, locator: bytes) -> bytes:
+        return locator.split(b":", 3)[-1]
+
 
 def bytes_column(schema: Any) -> str:
     """The path of the column that holds pictures: `image.bytes` of a struct, or a binary column with a usual name.

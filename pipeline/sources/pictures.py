@@ -4,6 +4,10 @@ Every file counts as an input and a broken or strange one ends up in the quarant
 silence. But captions, tables, archives and films beside the pictures would flood that ledger. So a file whose name
 says "no picture" (`NOT_PICTURES`, or a dot in front) is looked into, 32 bytes, and taken only if these begin a
 picture. Remote files are judged by the name alone: looking costs a request each. The log has the count left out.
+
+What is still being written is passed over unseen (`is_passed_over`): it has its own name in the next run. Who writes
+under the final name at once is found out by its reader: a file that changes meanwhile is a `read_error`, one without
+its end `truncated`, and both are read again when they have changed.
 """
 
 from __future__ import annotations
@@ -24,6 +28,10 @@ NOT_PICTURES = frozenset(
     b"txt md csv tsv json jsonl xml xmp html htm yaml yml toml ini log pdf aae cls parquet arrow npy npz h5 hdf5 "
     b"sqlite db zip gz tgz tar bz2 xz zst 7z rar mp4 m4v mov avi mkv webm mp3 m4a wav".split()
 )
+# How what they have not finished ends: browsers, rclone, WinSCP, aria2, gsutil, the Hugging Face hub and many others.
+UNFINISHED = frozenset(
+    b"part partial tmp temp crdownload download opdownload filepart aria2 gstmp incomplete".split()
+)
 _BEGINNINGS = (
     b"\xff\xd8\xff",  # JPEG
     b"\x89PNG\r\n\x1a\n",
@@ -43,6 +51,23 @@ def extension(name: bytes) -> bytes:
     return end.lower() if dot else b""
 
 
+def kind_of(name: bytes) -> str:
+    """Its extension for a log line, which must not grow with what a hostile archive calls its members."""
+    kind = extension(name)
+    return kind.decode() if kind in PICTURES or kind in NOT_PICTURES or kind in UNFINISHED else "other"
+
+
+def is_passed_over(name: bytes) -> bool:
+    """By its name it is not finished yet, an editor's backup, or what macOS keeps beside a file.
+
+    With a dot in front, as rsync and others write, it is so unless it ends as a picture's name does.
+    """
+    last = name.rpartition(b"/")[2]
+    if last.startswith(b"."):
+        return last.startswith(b"._") or extension(last) not in PICTURES
+    return last.endswith(b"~") or extension(last) in UNFINISHED
+
+
 def begins_a_picture(head: bytes) -> bool:
     if head.startswith(_BEGINNINGS):
         return True
@@ -59,10 +84,11 @@ def only_pictures(place: Place, files: Iterator[Found | Damage]) -> Iterator[Fou
     for found in files:
         if isinstance(found, Found):
             last = found.name.rpartition(b"/")[2]
-            hidden = last.startswith(b".")
-            kind = last.rpartition(b".")[2].lower()
-            if (hidden or kind in NOT_PICTURES) and not begins_a_picture(place.head(found.name, 32) or b""):
-                left_out["hidden" if hidden else kind.decode()] += 1
+            hidden, kind = last.startswith(b"."), last.rpartition(b".")[2].lower()
+            if is_passed_over(last) or (
+                (hidden or kind in NOT_PICTURES) and not begins_a_picture(place.head(found.name, 32) or b"")
+            ):
+                left_out["hidden" if hidden else kind.decode() if kind in NOT_PICTURES else "unfinished"] += 1
                 continue
         yield found
     tell_left_out("no pictures by their names and first bytes", left_out)

@@ -22,7 +22,7 @@ from pipeline.batch import BadImage, Item, MetadataValue
 from pipeline.sources import Damage, SourceError
 from pipeline.sources.containers import ContainerSource
 from pipeline.sources.keys import clean_metadata, clean_text, encode_key
-from pipeline.sources.pictures import PICTURES, extension
+from pipeline.sources.pictures import PICTURES, extension, kind_of, tell_left_out
 from pipeline.sources.places import Found, Place, digest_of, place_at, words_of
 
 log = logging.getLogger(__name__)
@@ -31,6 +31,7 @@ SIDECARS = frozenset({b"json", b"txt", b"cls"})
 MAX_SIDECAR_BYTES = 1 << 20
 MAX_SAMPLE_MEMBERS = 1_000  # bounds memory when thousands of neighbours share everything up to the first dot
 MAX_HEADER_BYTES = 256 << 10  # of one member, extended headers included; a name and its attributes take a few KB
+MAX_NAME_BYTES = 4096  # what a path has at most on Linux; a key is up to three times as long, and stands in every index
 # tarfile searches extended headers for records that begin with digits, in time quadratic in a run of them.
 _ENDLESS_NUMBER = re.compile(rb"\d{1024}")
 _COMPRESSED = (".gz", ".tgz", ".bz2", ".xz", ".zst")
@@ -75,6 +76,9 @@ class TarShards(ContainerSource):
             raise BadImage("read_error", f"locator {locator!r} is none of a tar source") from error
         return place_at(self.folder).read_part(name, start, size_bytes, etag_digest)
 
+    def container_of(self, locator: bytes) -> bytes:
+        return locator.split(b":", 2)[-1]
+
 
 class _Headers:
     """What tarfile reads of a tar: headers only, so much for each member. It would believe a header of any length."""
@@ -94,8 +98,9 @@ class _Headers:
 
 
 def _members(file: BinaryIO, shard: str) -> Iterator[_Member | Damage]:
-    """Pictures and sidecars in order. A break of any kind, and a name that comes twice, is a `Damage`."""
+    """Pictures and sidecars in order. A break of any kind is a `Damage`, and so are all members lost for one reason."""
     left_out: Counter[str] = Counter()
+    lost: dict[str, tuple[str, int]] = {}  # why -> the first such member, and how many there are
     names: set[bytes] = set()
     headers, last_offset = _Headers(file), -1
     try:
@@ -108,13 +113,13 @@ def _members(file: BinaryIO, shard: str) -> Iterator[_Member | Damage]:
                 last_offset = tar.offset
                 name = entry.name.encode(errors="surrogateescape")
                 kind = extension(name)
-                if not entry.isreg() or kind not in PICTURES | SIDECARS:
+                beside = name.rpartition(b"/")[2].startswith(b"._")  # what macOS packs with each file, under its name
+                if not entry.isreg() or kind not in PICTURES | SIDECARS or beside:
                     if not entry.isdir():
-                        left_out[kind.decode(errors="replace") or "(none)" if entry.isreg() else "links"] += 1
-                elif name in names:
-                    yield _damage(shard, f"member {entry.name!r} comes twice; only the first counts")
-                elif entry.issparse():
-                    yield _damage(shard, f"member {entry.name!r} is sparse and cannot be read in one piece")
+                        left_out[kind_of(name) if entry.isreg() else "links"] += 1
+                elif why := _why_lost(entry, name, names):
+                    first, count = lost.get(why, (entry.name[:100], 0))
+                    lost[why] = first, count + 1
                 else:
                     names.add(name)
                     is_sidecar = kind in SIDECARS and entry.size <= MAX_SIDECAR_BYTES
@@ -129,8 +134,17 @@ def _members(file: BinaryIO, shard: str) -> Iterator[_Member | Damage]:
     except Exception as error:  # besides tarfile's own, whatever a remote file raises
         log.debug("%s ends early", shard, exc_info=True)
         yield _damage(shard, words_of(error))
-    if left_out:
-        log.info("%s: left out, neither pictures nor their metadata: %s", shard, dict(left_out))
+    for why, (first, count) in lost.items():
+        yield _damage(shard, f"member {first!r} {why}{f' (and {count - 1:,} more)' if count > 1 else ''}")
+    tell_left_out(f"neither pictures nor their metadata in {shard}", left_out)
+
+
+def _why_lost(entry: tarfile.TarInfo, name: bytes, names: set[bytes]) -> str:
+    if len(name) > MAX_NAME_BYTES:
+        return f"has a name of more than {MAX_NAME_BYTES:,} bytes"
+    if name in names:
+        return "comes twice; only the first counts"
+    return "is sparse and cannot be read in one piece" if entry.issparse() else ""
 
 
 def _items(sample: list[_Member], container: Found) -> Iterator[Item]:

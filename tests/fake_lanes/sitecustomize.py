@@ -7,10 +7,16 @@
      "read_deadline_s": 3,                      of one picture's bytes
      "decode_s": 0.2,                           more than it takes, for each picture
      "engine_dies_s": 0.1,                      after its first batch
+     "kill_rows": 2,                            of a batch, or more: with those the lane is killed
+     "kill_lane": "cpu/0", "wait_for_kill": 2,  whatever it decodes; others finish nothing before its third time
+     "kills": 2,                                at most, of all lanes
      "write_s": 2,                              of a shard, beside which `writing` appears
+     "write_dies": true,                        after that
+     "write_fails": "cpu/0",                    none is written before there is a file `write`, and by this lane none
      "memory_bytes": 300000000}                 of this host
 
-A picture whose bytes end with READ-ABORT takes the process down when it is read, READ-HANG never comes back.
+A picture whose bytes end with READ-ABORT takes the process down when it is read, READ-HANG never comes back. READ-KILL
+and DECODE-KILL have it killed from outside, as the kernel does for want of memory.
 """
 
 import json
@@ -27,17 +33,25 @@ import pipeline.lanes
 import pipeline.stages_cpu
 import pipeline.store
 from pipeline import devices
-from pipeline.sources import folder
+from pipeline.sources import folder, parquet_rows
 
 HOME = Path(os.environ["FAKE_LANES"]).parent
 ORDERS: dict[str, Any] = json.loads(Path(os.environ["FAKE_LANES"]).read_text())
-open_lane_engine, read = devices.open_lane_engine, folder.Folder.read
+open_lane_engine = devices.open_lane_engine
 decode, write_shard = pipeline.stages_cpu.decode, pipeline.store.write_shard
+lane = ""  # the one this process is
 
 if "read_deadline_s" in ORDERS:
     pipeline.lanes.READ_DEADLINE_S = ORDERS["read_deadline_s"]
 if "memory_bytes" in ORDERS:
     devices.memory_limit_bytes = lambda: ORDERS["memory_bytes"]
+
+
+def be_killed() -> None:
+    for number in range(ORDERS.get("kills", 1_000)):
+        if not (told := HOME / f"killed-{number}").exists():
+            told.touch()
+            os.kill(os.getpid(), signal.SIGKILL)
 
 
 class FakeEngine:
@@ -61,12 +75,17 @@ class FakeEngine:
             self.done_s[slot] = self.free_s
         self.rows += n
         self.inside.launch(slot, n)
+        if n >= ORDERS.get("kill_rows", 1_000_000):
+            time.sleep(ORDERS.get("decode_s", 0))  # the next batch is being decoded
+            be_killed()
         if "engine_dies_s" in ORDERS:
             threading.Timer(ORDERS["engine_dies_s"], os.kill, (os.getpid(), signal.SIGSEGV)).start()
             time.sleep(60)
 
     def result(self, slot: int) -> Any:
         emb_nd = self.inside.result(slot)
+        while "wait_for_kill" in ORDERS and not (HOME / f"killed-{ORDERS['wait_for_kill']}").exists():
+            time.sleep(0.01)
         time.sleep(max(0.0, self.done_s[slot] - time.monotonic()))
         span = {"rows": self.rows, "first_s": self.first_s, "last_s": time.monotonic()}
         if self.rows_per_s:
@@ -80,6 +99,8 @@ class FakeEngine:
 def open_fake(spec: Any) -> Any:
     from dataclasses import replace
 
+    global lane
+    lane = spec.name
     engine = open_lane_engine(replace(spec, batch=ORDERS.get("batch"), engine_threads=1) if "batch" in ORDERS else spec)
     if lanes := ORDERS.get("start_together"):
         draft = HOME / f"starting-{spec.name.replace('/', '-')}"
@@ -90,27 +111,41 @@ def open_fake(spec: Any) -> Any:
     return FakeEngine(engine, spec.name)
 
 
-def read_fake(self: Any, locator: bytes, size_bytes: int) -> bytes:
-    encoded = read(self, locator, size_bytes)
-    if encoded.endswith(b"READ-ABORT"):
-        os.abort()
-    if encoded.endswith(b"READ-HANG"):
-        time.sleep(3600)
-    return encoded
+def fake_read(read: Any) -> Any:
+    def read_fake(self: Any, locator: bytes, size_bytes: int) -> bytes:
+        encoded: bytes = read(self, locator, size_bytes)
+        if encoded.endswith(b"READ-ABORT"):
+            os.abort()
+        if encoded.endswith(b"READ-HANG"):
+            time.sleep(3600)
+        if encoded.endswith(b"READ-KILL"):
+            be_killed()
+        return encoded
+
+    return read_fake
 
 
-def decode_slowly(*args: Any) -> Any:
+def fake_decode(encoded: bytes, *args: Any) -> Any:
     time.sleep(ORDERS.get("decode_s", 0))
-    return decode(*args)
+    if encoded.endswith(b"DECODE-KILL") or lane == ORDERS.get("kill_lane"):
+        be_killed()
+    return decode(encoded, *args)
 
 
-def write_slowly(path: Path, *args: Any) -> Any:
+def fake_write(path: Path, *args: Any) -> Any:
+    while "write_fails" in ORDERS and not (HOME / "write").exists():
+        time.sleep(0.01)
+    if lane == ORDERS.get("write_fails"):
+        raise RuntimeError("no shard today")
     if "write_s" in ORDERS:
         (HOME / f"writing-{path.stem}").touch()
         time.sleep(ORDERS["write_s"])
+    if "write_dies" in ORDERS:
+        os.abort()
     return write_shard(path, *args)
 
 
-pipeline.stages_cpu.decode, pipeline.store.write_shard = decode_slowly, write_slowly
+pipeline.stages_cpu.decode, pipeline.store.write_shard = fake_decode, fake_write
 devices.open_lane_engine = open_fake
-folder.Folder.read = read_fake  # type: ignore[method-assign]
+for source in (folder.Folder, parquet_rows.ParquetRows):
+    source.read = fake_read(source.read)  # type: ignore[method-assign]
