@@ -47,7 +47,9 @@ class AotiCudaEngine(GpuEngine):
         with self._told_out_of_memory(f"opening {card.file}"):
             self._given = [self._tensor(array) for array in self._inputs]
             self._made = [self._tensor(array) for array in self._outputs]
-            self._runner = torch._inductor.aoti_load_package(str(card_path.parent / card.file)).loader
+            package = str(card_path.parent / card.file)
+            # Else a run first waits for the one before it, spinning, with the GIL held: nothing would overlap.
+            self._runner = torch._inductor.aoti_load_package(package, run_single_threaded=True).loader
 
     def _enqueue(self, slot: int) -> None:
         with self._told_out_of_memory(f"{self.card.batch} rows"), self._on_stream():

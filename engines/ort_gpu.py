@@ -51,6 +51,9 @@ class OrtGpuEngine(GpuEngine):
                 self._session(self._graph(card_path), graphed), card, self.place, self._inputs, self._outputs
             )
         self._run_options = run_options()
+        if graphed:  # Captured now: memory that any other thread takes while a graph is captured would spoil it.
+            self._enqueue(0)
+            self.stream.synchronize()
 
     @abstractmethod
     def provider_options(self, precision: Precision, graphed: bool) -> dict[str, str]:
@@ -138,7 +141,13 @@ def load_libraries(provider: str) -> None:
     roots = [Path(entry) / "nvidia" for entry in dict.fromkeys(sys.path)]
     for name in CUDA_LIBRARIES:
         for library in [library for root in roots for library in root.glob(f"*/lib/{name}.so.*")][:1]:
-            ctypes.CDLL(str(library), mode=ctypes.RTLD_GLOBAL)
+            try:
+                ctypes.CDLL(str(library), mode=ctypes.RTLD_GLOBAL)
+            except OSError as error:  # names the library, or the one beside it that it misses
+                raise EngineUnavailable(
+                    f"{provider} needs {library}, which cannot be loaded ({error}): pip install --force-reinstall "
+                    "'nightjar[gpu-cu13]'"
+                ) from error
     if provider == TENSORRT_PROVIDER:
         if why := trt_gpu.problem("tensorrt"):
             raise EngineUnavailable(why)

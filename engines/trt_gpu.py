@@ -249,7 +249,12 @@ class TensorRtRtxEngine(GpuEngine):
             if self._context is None or not self._context.set_input_shape(card.input_name, self.input(0).shape):
                 raise EngineUnavailable(f"{card.file} cannot run {self.card.batch} rows: {self._log.reason()}")
             # By itself it would take what the largest batch of its profile needs.
-            self._activations = device_array((self._context.update_device_memory_size_for_shapes(),), np.uint8)
+            nbytes = self._context.update_device_memory_size_for_shapes()
+            if not nbytes:  # its way to say that it failed
+                raise EngineUnavailable(
+                    f"{card.file} does not say what {self.card.batch} rows take in memory: {self._log.reason()}"
+                )
+            self._activations = device_array((nbytes,), np.uint8)
             self._context.set_device_memory(self._activations.pointer, self._activations.nbytes)
 
     def _enqueue(self, slot: int) -> None:

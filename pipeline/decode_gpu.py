@@ -30,6 +30,7 @@ from nvidia import nvimgcodec
 from engines.spec import Preprocess
 from pipeline.batch import DeviceUnavailable
 from pipeline.decode_cpu import JPEG_SCANS_MAX
+from pipeline.hardware_share_gpu import allowed
 from pipeline.headers import end_is_missing, read_jpeg_header
 from pipeline.setting import HARDWARE_SHARE
 
@@ -65,14 +66,17 @@ class Codec:
     def __init__(self, threads: int, stream: int | None, hardware_share: float = HARDWARE_SHARE) -> None:
         """`stream` is the CUDA stream pictures are ordered on, and must outlive them. None: CPU only, host memory.
 
-        `hardware_share` of a batch goes to the hardware engine; the hybrid decoder shares the rest with the CPU.
+        At most `hardware_share` of a batch goes to the hardware engine, if there is one; the hybrid decoder shares the
+        rest with the CPU.
         """
-        self.stream = stream
+        self.stream, self.hardware_share = stream, allowed(hardware_share)
         kinds = {nvimgcodec.CPU_ONLY: 1.0}
         if stream is not None:
             if "libnvjpeg.so" not in Path("/proc/self/maps").read_text():  # it says so on stderr, and uses the CPU
                 raise DeviceUnavailable("nvImageCodec found no nvJPEG: pip install 'nvidia-nvimgcodec-cu13[nvjpeg]'")
-            kinds = {nvimgcodec.HW_GPU_ONLY: hardware_share, nvimgcodec.HYBRID_CPU_GPU: 1.0, **kinds}
+            kinds = {nvimgcodec.HYBRID_CPU_GPU: 1.0, **kinds}
+            if self.hardware_share:  # a share of 0 would still make the engine's decoder, and its memory
+                kinds = {nvimgcodec.HW_GPU_ONLY: self.hardware_share, **kinds}
         self._decoder = nvimgcodec.Decoder(
             device_id=nvimgcodec.NVIMGCODEC_DEVICE_CPU_ONLY if stream is None else 0, max_num_cpu_threads=threads,
             backends=[nvimgcodec.Backend(kind, load_hint=share) for kind, share in kinds.items()],

@@ -16,7 +16,7 @@ from __future__ import annotations
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, field
 from itertools import pairwise
-from typing import Any, cast
+from typing import Any, NamedTuple, cast
 
 import cvcuda
 import numpy as np
@@ -36,6 +36,7 @@ from engines.memory_gpu import (
 from engines.spec import Artifact, Preprocess
 from pipeline.batch import Batch, DeviceUnavailable, Posted
 from pipeline.decode_gpu import DECODER, Codec, gpu_pixels
+from pipeline.hardware_share_gpu import VARIABLE
 from pipeline.setting import HARDWARE_SHARE
 from pipeline.stages_cpu import CpuStages
 
@@ -69,6 +70,8 @@ class OnStream:
 
     def __init__(self, image: Any) -> None:
         self.__cuda_array_interface__ = image.__cuda_array_interface__ | {"stream": -1}
+        # Asking the picture for height and width lets go of the interpreter's lock once more each.
+        self.shape: tuple[int, int, int] = self.__cuda_array_interface__["shape"]  # (h, w, 3)
 
 
 class GpuStages:
@@ -148,8 +151,8 @@ class GpuStages:
     def _resize_crop(self, images: list[Any], out: DeviceArray, slot: Slot, start: int, stop: int) -> None:
         """Shortest edge to S, the long one cut to whole pixels; crop offset int((d - S) / 2); (x - mean) / std."""
         size = self.pre.size
-        heights = np.array([image.height for image in images])
-        widths = np.array([image.width for image in images])
+        on_stream = [OnStream(image) for image in images]
+        heights, widths, _ = np.array([image.shape for image in on_stream]).T
         short = np.minimum(heights, widths)
         crops_host = slot.crops_host[start:stop]
         crops_host[:, 0, 0, 0] = (size * widths // short - size) // 2
@@ -157,7 +160,7 @@ class GpuStages:
         crops_host[:, 0, 0, 2:] = size
         crops, flips = slot.crops.rows(stop, start), slot.flips.rows(stop, start)
         copy_to_device(crops, crops_host, self.stream)
-        batch = cvcuda.as_images([OnStream(image) for image in images], cvcuda.Format.RGB8)
+        batch = cvcuda.as_images(on_stream, cvcuda.Format.RGB8)
         small = cvcuda.tvresize(batch, size, cvcuda.Interp.CUBIC, antialias=True, stream=self.cv_stream)
         cvcuda.crop_flip_normalize_reformat_into(
             tensor(out, "NCHW"), small, tensor(crops, "NHWC"), tensor(flips, "NC"), tensor(self.base, "NHWC"),
@@ -210,7 +213,14 @@ def parts(pixels: Sequence[int], limit_bytes: int = PART_BYTES) -> Iterator[tupl
     yield start, len(pixels)
 
 
-def canary(stages: GpuStages, artifact: Artifact, buffers: Sequence[DeviceArray]) -> None:
+class Distance(NamedTuple):
+    """Of the pixels of one picture, or the worst of several, from the reference."""
+
+    mean_levels: float  # of 255
+    far_share: float  # of the values, more than CANARY_FAR_LEVELS off
+
+
+def canary(stages: GpuStages, artifact: Artifact, buffers: Sequence[DeviceArray]) -> Distance:
     """Known pictures through the stages, one full batch into each of the engine's buffers at once, as the loop does it.
 
     It warms everything up too: the first batch a decoder sees fixes the share of the hardware engine.
@@ -223,13 +233,15 @@ def canary(stages: GpuStages, artifact: Artifact, buffers: Sequence[DeviceArray]
     encoded = [whole[start:end] for start, end in pairwise(offsets)]
     known = [number for number, picture in enumerate(encoded) if gpu_pixels(picture, stages.pre)]
     order = [known[row % len(known)] for row in range(len(buffers[0]))]
+    without = f"{VARIABLE}=0 leaves the hardware decoder out, if it is that one: make gpu-check tells. "
+    remedy = (without if stages.codec.hardware_share else "") + REMEDY
     for slot, out in enumerate(buffers):
         batch = Batch(np.arange(len(order)), [encoded[number] for number in order], slot=slot)
         if stages(batch, out).decoders != {DECODER: len(order)}:
-            raise DeviceUnavailable(f"nvImageCodec refused some of {len(order)} JPEGs: {batch.decoders}. {REMEDY}")
+            raise DeviceUnavailable(f"nvImageCodec refused some of {len(order)} JPEGs: {batch.decoders}. {remedy}")
     stages.stream.synchronize()
     levels_per_unit = 255 * np.reshape(stages.pre.std, (3, 1, 1)).astype(np.float32)
-    got_nchw = np.empty(buffers[0].shape, buffers[0].dtype)
+    got_nchw, worst = np.empty(buffers[0].shape, buffers[0].dtype), Distance(0.0, 0.0)
     for slot, out in enumerate(buffers):
         copy_to_host(got_nchw, out, stages.stream)
         stages.stream.synchronize()
@@ -240,5 +252,7 @@ def canary(stages: GpuStages, artifact: Artifact, buffers: Sequence[DeviceArray]
                 raise DeviceUnavailable(
                     f"the GPU gives wrong pixels: row {row} of buffer {slot} is {mean:.2f} levels of 255 from the "
                     f"reference on average (allowed {CANARY_MEAN_LEVELS}), {100 * far:.2f} % are more than "
-                    f"{CANARY_FAR_LEVELS} off (allowed {100 * CANARY_FAR_SHARE}). {REMEDY}"
+                    f"{CANARY_FAR_LEVELS} off (allowed {100 * CANARY_FAR_SHARE}). {remedy}"
                 )
+            worst = Distance(max(worst.mean_levels, mean), max(worst.far_share, far))
+    return worst

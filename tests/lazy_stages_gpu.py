@@ -19,10 +19,9 @@ from pipeline.decode_gpu import Codec
 
 
 class LazyImage:
-    """Pixels that arrive when the stream runs."""
+    """Pixels that arrive when the stream runs. It has no height and width: each would let go of Python's lock."""
 
     def __init__(self, runtime: LazyRuntime, stream: int, pixels: npt.NDArray[np.uint8]) -> None:
-        self.height, self.width = pixels.shape[:2]
         target = self.pixels = np.full_like(pixels, 0xEE)
         runtime.queue(stream, lambda: np.copyto(target, pixels))
 

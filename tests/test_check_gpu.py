@@ -12,14 +12,18 @@ import sys
 import time
 import tomllib
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import numpy as np
 import pytest
 from PIL import Image
 
-from pipeline.gpu_check import check_gpu, report_gpu, rig_gpu
-from pipeline.gpu_check.checks_gpu import ALONE_CHECKS, CHECKS, TOGETHER_CHECKS, Check
+from engines import EngineUnavailable
+from pipeline.devices import EngineWish
+from pipeline.gpu_check import check_gpu, prepare_gpu, report_gpu, rig_gpu
+from pipeline.gpu_check.checks_gpu import ALONE_CHECKS, CANARY_CHECKS, CHECKS, TOGETHER_CHECKS, Check
+from pipeline.hardware_share_gpu import VARIABLE
 
 ROOT = Path(__file__).resolve().parents[1]
 GPU = {"name": "Test GPU 9000", "sm": "sm90"}
@@ -195,9 +199,106 @@ def test_a_part_that_no_longer_fits_is_not_started(monkeypatch: pytest.MonkeyPat
     assert "--only" in one["answer"]
 
 
+@pytest.mark.parametrize(
+    ("without", "whole", "share"),
+    [("pass", "pass", ""), ("pass", "fail", "0"), ("fail", "pass", ""), ("fail", "fail", ""), ("not run", "fail", "")],
+)
+def test_only_a_hardware_decoder_that_is_to_blame_is_left_out(
+    monkeypatch: pytest.MonkeyPatch, without: str, whole: str, share: str
+) -> None:
+    statuses: dict[str, Any] = dict(zip([check.name for check in CANARY_CHECKS], (without, whole), strict=True))
+    monkeypatch.setattr(check_gpu, "run_one", lambda check, *_: finished(check, statuses.get(check.name, "pass")))
+    monkeypatch.setenv(VARIABLE, "")  # to be put back
+    for ask in (check_gpu.Run.choose_decoders, lambda run: run.only("latency")):
+        os.environ[VARIABLE] = ""
+        ask(run := check_gpu.Run([], lambda rows: None))
+        assert os.environ[VARIABLE] == share
+        assert {name: run.rows[name]["status"] for name in statuses} == statuses, "both are in the report"
+
+
 def test_the_parts_that_matter_fit_into_eight_minutes_at_their_limits() -> None:
     first_phase_s = max(check.limit_s for check in TOGETHER_CHECKS)
-    assert first_phase_s + sum(check.limit_s for check in ALONE_CHECKS[:5]) <= check_gpu.TOTAL_S
+    then = (*CANARY_CHECKS, *ALONE_CHECKS[:5])
+    assert first_phase_s + sum(check.limit_s for check in then) <= check_gpu.TOTAL_S
+
+
+def test_what_does_not_fit_into_a_part_costs_nothing_that_was_built_before_it(
+    monkeypatch: pytest.MonkeyPatch, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """As where AOTInductor takes longer than there is time: the engine on the CUDA provider is measured."""
+    plain = prepare_gpu._run
+    outcomes = {"random": "0", "cuda": "0", "tensorrt": "sys.exit('no TensorRT here')", "aoti-cuda": "time.sleep(60)"}
+
+    def run(command: list[str], environment: dict[str, str], limit_s: float) -> str:
+        (code,) = [code for word, code in outcomes.items() if word in command]
+        return plain([sys.executable, "-c", f"import sys, time; {code}"], environment, limit_s)
+
+    card = SimpleNamespace(
+        tower="vision", runtime="cuda", precision="fp16", batch=64, rows_per_s=900.0, parity={}, fused_attention=0,
+        passed=True,
+    )  # fmt: skip
+    spec = SimpleNamespace(vision=SimpleNamespace(layers=24))
+    made = SimpleNamespace(spec=spec, cards=lambda: [(tmp_path, card)])
+    monkeypatch.setattr(prepare_gpu, "_run", run)
+    monkeypatch.setattr(prepare_gpu, "artifact", lambda job, arch: made)
+    began = time.monotonic()
+    finding = prepare_gpu.b32(rig_gpu.Job(tmp_path, None, prepare_gpu.END_S + 4.0))
+    assert time.monotonic() - began < 30
+    assert not finding.ok
+    told = finding.evidence["told"]
+    assert (told["weights"][:5], told["cuda"][:5]) == ("built", "built")
+    assert told["tensorrt"].startswith("exit 1: no TensorRT here")
+    assert told["aoti-cuda"].startswith("not done in the ")
+    assert list(finding.evidence["engines"]) == ["cuda fp16"]
+    lines = [json.loads(line)["evidence"]["told"] for line in capsys.readouterr().out.splitlines()]
+    assert [list(one)[-1] for one in lines] == list(told), "each step is told when it ends, whatever ends the part"
+    outcomes["tensorrt"] = "0"
+    assert list(prepare_gpu.b32(rig_gpu.Job(tmp_path, None)).evidence["told"])[1:] == ["cuda", "tensorrt"]
+    outcomes["cuda"] = "sys.exit('none')"
+    with pytest.raises(rig_gpu.CannotRun, match=r"no engine of ViT-L-14 could be built: .*'cuda': 'exit 1: none"):
+        prepare_gpu.l14(rig_gpu.Job(tmp_path, None))
+
+
+def test_what_takes_longest_is_compiled_last_and_alone(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+    """Until then L/14 has the engine that takes no compiler; its weights are not made twice."""
+    asked: list[str] = []
+    card = SimpleNamespace(tower="vision", runtime="none", fused_attention=0)
+    made = SimpleNamespace(spec=SimpleNamespace(vision=SimpleNamespace(layers=24)), cards=lambda: [(tmp_path, card)])
+
+    def run(command: list[str], environment: dict[str, str], limit_s: float) -> str:
+        asked.append(command[-1])
+        (tmp_path / prepare_gpu.L14).mkdir(exist_ok=True)
+        return "no TensorRT here" if command[-1] == "tensorrt" else ""
+
+    monkeypatch.setattr(prepare_gpu, "_run", run)
+    monkeypatch.setattr(prepare_gpu, "artifact", lambda job, arch: made)
+    job = rig_gpu.Job(tmp_path, None)
+    assert prepare_gpu.l14(job).ok
+    assert prepare_gpu.compile_l14(job).ok
+    assert asked == [str(tmp_path / prepare_gpu.L14), "cuda", "tensorrt", "aoti-cuda"]
+    names = [check.name for check in ALONE_CHECKS]
+    assert names.index("memory") < names.index("compile ViT-L-14") < names.index("index L/14")
+
+
+def test_the_engine_that_is_measured_first_is_the_one_that_auto_takes(
+    monkeypatch: pytest.MonkeyPatch, tmp_path: Path
+) -> None:
+    rates = {"cuda": 9000.0, "aoti-cuda": 8000.0}
+
+    def rows_per_s(wish: EngineWish, kind: str) -> float:
+        if wish.runtime not in rates:
+            raise EngineUnavailable(f"no {wish.runtime}")
+        return rates[wish.runtime]
+
+    monkeypatch.setattr(prepare_gpu, "artifact", lambda job, arch: None)
+    monkeypatch.setattr(EngineWish, "rows_per_s", rows_per_s)
+    job = rig_gpu.Job(tmp_path, None)
+    assert prepare_gpu.runtimes(job, prepare_gpu.B32) == ["cuda", "aoti-cuda"]
+    rates["aoti-cuda"] = 10_000.0
+    assert prepare_gpu.runtimes(job, prepare_gpu.B32) == ["aoti-cuda", "cuda"]
+    rates.clear()
+    with pytest.raises(rig_gpu.CannotRun, match=r"no cuda.*no tensorrt.*no aoti-cuda"):
+        prepare_gpu.runtimes(job, prepare_gpu.B32)
 
 
 def test_a_missing_library_is_not_run_and_an_error_is_a_failure(
@@ -215,7 +316,7 @@ def test_a_missing_library_is_not_run_and_an_error_is_a_failure(
 
 def test_what_was_not_prepared_is_not_run_and_names_the_row_to_look_at(tmp_path: Path) -> None:
     job = rig_gpu.Job(tmp_path, None)
-    for check in ALONE_CHECKS:
+    for check in (*CANARY_CHECKS, *ALONE_CHECKS):
         if check.name == "tests alone":  # they prepare what they need
             continue
         told = check_gpu.child(check, job)
@@ -230,7 +331,9 @@ def test_the_messages_that_the_page_explains_are_those_we_give() -> None:
         "no GPU can be used",
         "not installed: pip install '.[gpu-cu13]'",
         "the GPU gives wrong pixels: ",
+        "expected a number from 0 to 1",
         "nvImageCodec found no nvJPEG",
+        "which cannot be loaded (",
         "nvImageCodec refused some of ",
         "(nodes), asked for ",
         "built without a GPU, never compared with the reference",
@@ -281,6 +384,10 @@ def poison(job):
     fake_runtime.fault()
     Stream()
 def full(job): open("/dev/full", "w").write(70000 * " ")
+def limit(job): return Finding(True, f"{job.limit_s:.0f} s", {})
+def share(job): return Finding(True, os.environ.get("NIGHTJAR_HARDWARE_SHARE", "unset"), {})
+right_without = right_whole = good
+wrong_without, wrong_whole = error, crash
 """
 ORDERS = """
 import os, sys
@@ -288,22 +395,28 @@ from pathlib import Path
 sys.path[1:1] = {places!r}
 exec(Path({fake!r}).read_text())
 from pipeline.gpu_check import checks_gpu
-def make(names, limit_s): return tuple(checks_gpu.Check(name, "", "worst:" + name, limit_s) for name in names)
-checks_gpu.TOGETHER_CHECKS, checks_gpu.ALONE_CHECKS = make({together!r}, 3.0), make({alone!r}, 3.0)
-checks_gpu.CHECKS = checks_gpu.TOGETHER_CHECKS + checks_gpu.ALONE_CHECKS
+def make(names):  # what others do to this host must not end a part that comes back by itself
+    return tuple(checks_gpu.Check(name, "", "worst:" + name, 10.0 if name == "hang" else 40.0) for name in names)
+checks_gpu.TOGETHER_CHECKS, checks_gpu.ALONE_CHECKS = make({together!r}), make({alone!r})
+checks_gpu.CANARY_CHECKS = make({canaries!r})
+checks_gpu.CHECKS = checks_gpu.TOGETHER_CHECKS + checks_gpu.CANARY_CHECKS + checks_gpu.ALONE_CHECKS
 import pipeline.gpu_check
 pipeline.gpu_check.__path__.append({folder!r})
 """
 PARTS = ("error", "crash", "hang", "noise", "silence", "late", "survivor", "poison", "full")
+RIGHT = ("right_without", "right_whole")
 
 
-def start_worst(folder: Path, together: tuple[str, ...], alone: tuple[str, ...]) -> subprocess.Popen[str]:
+def start_worst(
+    folder: Path, together: tuple[str, ...], alone: tuple[str, ...], canaries: tuple[str, ...] = RIGHT
+) -> subprocess.Popen[str]:
     """`python -m pipeline.gpu_check` on stand-in GPUs, its parts replaced."""
     (folder / "worst.py").write_text(WORST)
     fake = ROOT / "tests" / "fake_gpu"
     values = {"places": [str(fake), str(ROOT)], "fake": str(fake / "sitecustomize.py"), "folder": str(folder)}
-    (folder / "sitecustomize.py").write_text(ORDERS.format(**values, together=together, alone=alone))
-    environment = os.environ | {"PYTHONPATH": f"{folder}:{fake}:{ROOT}"}
+    (folder / "sitecustomize.py").write_text(ORDERS.format(**values, together=together, alone=alone, canaries=canaries))
+    environment = {**os.environ, "PYTHONPATH": f"{folder}:{fake}:{ROOT}"}
+    environment.pop(VARIABLE, None)
     command = [sys.executable, "-m", "pipeline.gpu_check", "--out", str(folder / "out")]
     return subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True, env=environment)
 
@@ -319,7 +432,7 @@ def test_whatever_parts_do_the_others_run_and_the_report_is_written(tmp_path: Pa
     assert rows == {
         "error": ("fail", "RuntimeError: an error"),
         "crash": ("fail", "the process died: SIGSEGV"),
-        "hang": ("fail", "did not come back in 3 s"),
+        "hang": ("fail", "did not come back in 10 s"),
         "noise": ("fail", "the process said nothing"),
         "silence": ("fail", "the process said nothing"),
         "late": ("pass", "measured (then the process died: SIGSEGV)"),
@@ -327,10 +440,25 @@ def test_whatever_parts_do_the_others_run_and_the_report_is_written(tmp_path: Pa
         "poison": ("fail", "GpuError: cudaStreamCreateWithFlags failed with code 719: unspecified launch failure"),
         "full": ("fail", "OSError: [Errno 28] No space left on device"),
         "good": ("pass", "good"),
+        **dict.fromkeys(RIGHT, ("pass", "good")),
     }
     assert report["figures"] == {"before the crash": 2, "before the hang": 3, "good": 1}
     assert "| hang |" in (tmp_path / "out" / "gpu_check.md").read_text()
-    assert len(shown.splitlines()) == len(PARTS) + 2, shown
+    assert len(shown.splitlines()) == len(PARTS) + len(RIGHT) + 2, shown
+
+
+def test_one_wrong_decoder_does_not_hide_all_measurements(tmp_path: Path) -> None:
+    with start_worst(tmp_path, ("limit",), ("share",), ("right_without", "wrong_whole")) as process:
+        shown, errors = process.communicate(timeout=60)
+    report = json.loads((tmp_path / "out" / "gpu_check.json").read_text())
+    assert {one["name"]: one["answer"] for one in report["checks"]} == {
+        "limit": "40 s",  # a part knows when it is ended
+        "right_without": "good",
+        "wrong_whole": "the process died: SIGSEGV",
+        "share": "0",
+    }, errors
+    assert report["gpu"][VARIABLE] == "0"
+    assert f"{VARIABLE}=0, without the hardware decoder" in shown
 
 
 def test_a_check_that_is_ended_early_leaves_what_is_done_and_nobody_behind(tmp_path: Path) -> None:

@@ -10,7 +10,7 @@ import io
 import warnings
 from collections import defaultdict
 from pathlib import Path
-from typing import NamedTuple
+from typing import Any, NamedTuple, cast
 
 import numpy as np
 import numpy.typing as npt
@@ -22,7 +22,10 @@ from pipeline import decode_gpu
 from pipeline.batch import BadImage, DeviceUnavailable
 from pipeline.decode_cpu import Decoded, decode
 from pipeline.decode_gpu import THIN, Codec, gpu_pixels
+from pipeline.devices import EngineWish, plan
+from pipeline.hardware_share_gpu import VARIABLE
 from pipeline.headers import sniff
+from pipeline.setting import Setting
 from tests.pictures import noisy_jpeg
 from tests.test_decode_cpu import encode, exif, picture
 from tests.test_real_pictures import manifest
@@ -226,3 +229,32 @@ def test_the_options_say_fancy_upsampling(monkeypatch: pytest.MonkeyPatch) -> No
     monkeypatch.setattr(decode_gpu.nvimgcodec, "Decoder", plain)
     (image,) = Codec(threads=1, stream=None).decode([encoded])
     assert largest_difference(np.asarray(image), want) > 3
+
+
+@pytest.mark.parametrize(
+    ("said", "asked", "share"),
+    [(None, 0.65, 0.65), ("", 0.65, 0.65), ("0.3", 0.65, 0.3), ("1", 0.65, 0.65), ("0", 0.65, 0.0), ("0.3", 0.0, 0.0)],
+)
+def test_who_decodes_on_a_gpu(monkeypatch: pytest.MonkeyPatch, said: str | None, asked: float, share: float) -> None:
+    """All that can decode a JPEG, in one chain. The hardware's decoder is not even made where it gets nothing."""
+    given: dict[str, Any] = {}
+    monkeypatch.setattr(decode_gpu.nvimgcodec, "Decoder", lambda **how: given.update(how))
+    monkeypatch.setattr(decode_gpu.nvimgcodec, "Backend", lambda kind, load_hint: (kind, load_hint))
+    monkeypatch.delenv(VARIABLE, raising=False)
+    if said is not None:
+        monkeypatch.setenv(VARIABLE, said)
+    codec = Codec(threads=3, stream=77, hardware_share=asked)
+    n = decode_gpu.nvimgcodec
+    engine = {n.HW_GPU_ONLY: share} if share else {}
+    assert dict(given["backends"]) == {**engine, n.HYBRID_CPU_GPU: 1.0, n.CPU_ONLY: 1.0}
+    assert (given["device_id"], given["max_num_cpu_threads"]) == (0, 3)
+    assert codec.hardware_share == share
+    (lane,) = plan(("gpu:0",), cast(EngineWish, None), "named", trial=Setting(1, 1, 3, 2, hardware_share=asked)).lanes
+    assert lane.setting.hardware_share == share, "a run says what its lanes do"
+
+
+@pytest.mark.parametrize("said", ["none", "-0.1", "1.5", "nan"])
+def test_a_share_that_is_none_is_refused_with_what_it_may_be(monkeypatch: pytest.MonkeyPatch, said: str) -> None:
+    monkeypatch.setenv(VARIABLE, said)
+    with pytest.raises(DeviceUnavailable, match=f"{VARIABLE} is '{said}', expected a number from 0 to 1: 0 leaves"):
+        Codec(threads=1, stream=77)

@@ -15,6 +15,8 @@ import pytest
 import yaml
 from pictures import write_folder
 
+from pipeline.hardware_share_gpu import VARIABLE
+
 ROOT = Path(__file__).resolve().parents[1]
 DOCKERFILE = (ROOT / "docker/Dockerfile").read_text()
 COMPOSE: dict[str, Any] = yaml.safe_load((ROOT / "docker/compose.nightly.yml").read_text())
@@ -51,6 +53,12 @@ def test_the_gpu_image_asks_for_the_jpeg_engine() -> None:
     assert "NVIDIA_DRIVER_CAPABILITIES=compute,utility,video" in line
     devices = COMPOSE["services"]["nightly-gpu"]["deploy"]["resources"]["reservations"]["devices"]
     assert {"gpu", "compute", "utility", "video"} <= set(devices[0]["capabilities"])
+
+
+def test_the_variable_that_the_canary_names_reaches_the_container() -> None:
+    """`NIGHTJAR_HARDWARE_SHARE=0 docker compose ...`, for a hardware decoder that gives wrong pictures."""
+    environment = COMPOSE["services"]["nightly-gpu"]["environment"]
+    assert environment[VARIABLE] == f"${{{VARIABLE}:-1}}"
 
 
 def test_what_is_copied_is_there_and_not_ignored() -> None:

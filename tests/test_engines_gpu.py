@@ -5,6 +5,7 @@ to order comes out wrong every time. That the real one does the same: test_engin
 from __future__ import annotations
 
 import gc
+import re
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any, cast
@@ -17,6 +18,7 @@ import pytest
 from lazy_gpu import GPU, LazyRuntime, cpu_engine, gpu_card, lazy_runtime
 
 from engines import EngineUnavailable, gate, memory_gpu, open_engine, ort, ort_gpu, rates, trt_gpu
+from engines.build import main as make_engines
 from engines.engine_gpu import GRAPH_ROWS_MAX
 from engines.memory_gpu import OutOfGpuMemory, Stream, copy_to_device, device_array, pinned_array
 from engines.spec import Artifact, find_artifact
@@ -125,6 +127,20 @@ def test_small_batches_run_as_a_graph_and_therefore_in_one_slot(artifact: Artifa
                    for graphed in (True, False))  # fmt: skip
         assert list(on.values()) == [yes]
         assert list(off.values()) == [no]
+
+
+def test_a_graph_is_captured_before_anybody_else_is_at_work(
+    artifact: Artifact, runtime: LazyRuntime, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Captured at the first batch, it would be spoilt by memory that the decoder's thread takes just then."""
+    ran: list[int] = []
+    plain = ort.BoundSession.run
+    monkeypatch.setattr(ort.BoundSession, "run", lambda self, slot, how=None: [ran.append(slot), plain(self, slot)])
+    engine = cpu_engine(artifact, batch=GRAPH_ROWS_MAX)
+    assert ran == [0]
+    assert not runtime.queues[engine.stream.handle], "and done: nothing is left to run when the engine is open"
+    cpu_engine(artifact, batch=GRAPH_ROWS_MAX + 1)
+    assert ran == [0]
 
 
 def test_a_batch_beyond_what_was_compiled_is_refused(artifact: Artifact, runtime: LazyRuntime) -> None:
@@ -245,6 +261,22 @@ def test_a_session_that_left_one_node_to_another_provider_is_an_error(
         ort.open_session(artifact.onnx("vision", "fp32"), ort_gpu.CUDA_PROVIDER)
     told.pop()
     assert ort.open_session(artifact.onnx("vision", "fp32"), ort_gpu.CUDA_PROVIDER) is session
+
+
+def test_a_library_that_cannot_be_loaded_is_named_with_the_remedy(
+    artifact: Artifact, runtime: LazyRuntime, tmp_path: Path, monkeypatch: pytest.MonkeyPatch,
+    capsys: pytest.CaptureFixture[str],
+) -> None:  # fmt: skip
+    """As where a download was cut, or a library misses another one: exit 2, not a traceback."""
+    (library := tmp_path / "nvidia" / "cu13" / "lib" / "libcudart.so.13").parent.mkdir(parents=True)
+    library.write_bytes(b"half a download")
+    monkeypatch.syspath_prepend(str(tmp_path))
+    monkeypatch.setattr(onnxruntime, "get_available_providers", lambda: [ort_gpu.CUDA_PROVIDER, ort.CPU_PROVIDER])
+    words = rf"CUDAExecutionProvider needs {library}, which cannot be loaded \(.+\): pip install --force-reinstall"
+    with pytest.raises(EngineUnavailable, match=words):
+        ort_gpu.load_libraries(ort_gpu.CUDA_PROVIDER)
+    assert make_engines(["--model", artifact.spec.model, "--runtime", "cuda"]) == 2
+    assert re.search(words, capsys.readouterr().err)
 
 
 def test_the_context_of_a_plan_is_a_graph_onnx_runtime_accepts(artifact: Artifact, tmp_path: Path) -> None:

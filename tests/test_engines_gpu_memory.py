@@ -91,6 +91,18 @@ def test_a_plan_takes_memory_for_the_rows_it_is_opened_with(
     assert opened(64).card.batch == 64
 
 
+@pytest.mark.parametrize("library", ["tensorrt_rtx"], indirect=True)
+def test_a_plan_that_does_not_know_its_memory_is_refused(
+    artifact: Artifact, runtime: LazyRuntime, library: Library, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """0 bytes are the library's way to say that it failed: it must not run on memory that is none."""
+    (tmp_path / "engine.plan").write_bytes(b"plan")
+    card = gpu_card(artifact, "tensorrt-rtx", "fp16", file="engine.plan", batch=256, compiled_rows=256)
+    monkeypatch.setattr(library, "update_device_memory_size_for_shapes", lambda: 0)
+    with pytest.raises(EngineUnavailable, match=r"engine\.plan does not say what 8 rows take in memory: no reason"):
+        trt_gpu.TensorRtRtxEngine(tmp_path / "card.json", card, 1, 8)
+
+
 def never_opens(graph: Path, *_: object) -> Any:
     raise EngineUnavailable(f"TensorrtExecutionProvider does not open {graph.name}: could not build execution context.")
 

@@ -15,7 +15,10 @@ from typing import Any, TypeAlias
 import pytest
 
 from engines.spec import find_artifact
-from pipeline.gpu_check import report_gpu
+from pipeline.batch import DeviceUnavailable
+from pipeline.gpu_check import measure_gpu, report_gpu
+from pipeline.gpu_check.rig_gpu import Job
+from pipeline.setting import HARDWARE_SHARE
 
 Told: TypeAlias = dict[str, dict[str, Any]]
 ROOT = Path(__file__).resolve().parents[1]
@@ -38,15 +41,16 @@ sys.modules["cv2"] = SimpleNamespace(
     resize=lambda image, size, interpolation: np.asarray(Image.fromarray(np.ascontiguousarray(image)).resize(size)),
 )
 line_gpu.SECONDS = 0.1
-measure_gpu.MEMORY_BATCHES, measure_gpu.gpu_used_mib = 150, lambda: 100
-prepare_gpu.BEST_FIRST = ("ort-cpu",)
+measure_gpu.MEMORY_BATCHES, measure_gpu.gpu_used_mib, measure_gpu.CANARY_ROWS = 150, lambda: 100, 8
+prepare_gpu.RUNTIMES = ("ort-cpu",)
 prepare_gpu.POOLS = {"500": (50, 40, 4), "400": (40, 40, 4), "800": (80, 80, 4), "1600": (160, 160, 4)}
 prepare_gpu.CORPUS = dict(zip(prepare_gpu.CORPUS, (10, 40, 60)))
 
 if __name__ == "__main__":
     job, told = Job(Path(sys.argv[1]), None), {}
     prepare_gpu.pictures(job)
-    for module, names in ((measure_gpu, ("image_stage", "rates_b32", "rates_cpu", "latency", "memory")),
+    for module, names in ((measure_gpu, ("image_stage", "canary", "canary_without_engine", "rates_b32", "rates_cpu",
+                                        "latency", "memory")),
                           (pipelines_gpu, ("pipelines", "index_b32", "index_b32_twice", "replicas"))):
         for name in names:
             finding = getattr(module, name)(job)
@@ -80,10 +84,32 @@ def test_every_measurement_comes_to_its_end(told: Told) -> None:
     assert {lane.partition(" ")[0] for run in twice["runs"] for lane in run["lanes"]} <= {"gpu:0/0", "gpu:0/1"}
 
 
+def test_the_canary_is_asked_with_and_without_the_hardware_decoder(told: Told) -> None:
+    shares = [told[name]["evidence"]["hardware_share"] for name in ("canary", "canary_without_engine")]
+    assert shares == [HARDWARE_SHARE, 0]
+    assert 0 < told["canary"]["evidence"]["mean_levels"] < 0.6
+
+
 def test_rates_say_how_many_threads_decoded(told: Told) -> None:
     rates = {name: told[name]["evidence"]["decode_threads"] for name in ("rates_b32", "rates_cpu", "pipelines")}
     assert set(rates.values()) == {len(os.sched_getaffinity(0))}
     assert told["rates_cpu"]["evidence"]["figures"]["decode and preprocess on the CPU"] > 0
+
+
+def test_a_wrong_decoder_does_not_cost_the_rates_of_the_model(
+    monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str], tmp_path: Path
+) -> None:
+    def refuse(*_: object) -> None:
+        raise DeviceUnavailable("the GPU gives wrong pixels")
+
+    monkeypatch.setattr(measure_gpu, "Line", refuse)
+    monkeypatch.setattr(measure_gpu, "runtimes", lambda job, arch: ["aoti-cuda", "cuda"])
+    monkeypatch.setattr(measure_gpu, "_alone", lambda job, arch, runtime: 9000.0 if runtime == "cuda" else 9500.0)
+    with pytest.raises(DeviceUnavailable):
+        measure_gpu.rates_b32(Job(tmp_path, None))
+    (*_, last) = capsys.readouterr().out.splitlines()
+    figures = {"B/32 aoti-cuda alone": 9500, "B/32 model alone": 9500, "B/32 cuda alone": 9000}
+    assert json.loads(last)["evidence"]["figures"] == figures
 
 
 def test_every_bar_has_a_measurement(told: Told) -> None:

@@ -24,6 +24,7 @@ from engines import open_engine
 from engines.memory_gpu import DeviceArray, OutOfGpuMemory, copy_to_host, device_array
 from engines.spec import Artifact, Preprocess, find_artifact
 from pipeline.batch import Batch, DeviceUnavailable, Failure
+from pipeline.hardware_share_gpu import VARIABLE
 from pipeline.stages_cpu import CpuStages
 from tests.compare import STORED_SPREAD_ERROR_MAX, assert_same_vectors
 from tests.pictures import noisy_jpeg
@@ -246,7 +247,9 @@ def artifact(tiny_model: Path) -> Artifact:
 
 
 def test_the_canary_passes_right_pixels(module: ModuleType, stages: Any, artifact: Artifact) -> None:
-    module.canary(stages, artifact, [buffer(20), buffer(20)])
+    worst = module.canary(stages, artifact, [buffer(20), buffer(20)])
+    assert 0 < worst.mean_levels <= module.CANARY_MEAN_LEVELS
+    assert 0 <= worst.far_share <= module.CANARY_FAR_SHARE
     module.canary(stages, artifact, [buffer(20, "float16")])
 
 
@@ -275,8 +278,21 @@ def test_the_canary_sees(
     module: ModuleType, stages: Any, artifact: Artifact, monkeypatch: pytest.MonkeyPatch, mistake: str
 ) -> None:
     monkeypatch.setattr(LazyCodec, "spoil", staticmethod(SPOILED[mistake]))
-    with pytest.raises(DeviceUnavailable, match=r"the GPU gives wrong pixels: row 0 .* or go on with --devices cpu"):
+    words = r"the GPU gives wrong pixels: row 0 .*\. NIGHTJAR_HARDWARE_SHARE=0 leaves .* or go on with --devices cpu"
+    with pytest.raises(DeviceUnavailable, match=words):
         module.canary(stages, artifact, [buffer(20)])
+
+
+def test_without_the_hardware_decoder_the_canary_does_not_blame_it(
+    module: ModuleType, artifact: Artifact, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(LazyCodec, "spoil", staticmethod(np.zeros_like))
+    monkeypatch.setenv(VARIABLE, "0")
+    stages = module.GpuStages(PRE, threads=2)
+    with pytest.raises(DeviceUnavailable, match=r"wrong pixels: [^:]*\. Update the NVIDIA driver"):
+        module.canary(stages, artifact, [buffer(20)])
+    stages.close()
+    BUFFERS.clear()
 
 
 def test_the_canary_sees_one_bad_row(

@@ -12,6 +12,8 @@ import os
 import shutil
 import subprocess
 import sys
+import time
+from collections.abc import Sequence
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
@@ -19,7 +21,7 @@ from engines import EngineUnavailable
 from engines.spec import Artifact
 from pipeline.bench import unique_copies
 from pipeline.devices import EngineWish
-from pipeline.gpu_check.rig_gpu import CannotRun, Finding, Job, jpeg
+from pipeline.gpu_check.rig_gpu import CannotRun, Finding, Job, jpeg, tell
 
 # Name -> width, height, how many different ones.
 POOLS = {"500": (500, 375, 256), "400": (400, 400, 32), "800": (800, 800, 32), "1600": (1600, 1600, 32)}
@@ -28,8 +30,9 @@ CORPUS = {"large/middle/small": 5_000, "large/middle/more": 20_000, "large/more"
 ROOTS = {"small": "large/middle/small", "middle": "large/middle", "large": "large"}
 CORPUS_SHARE = 0.5  # of the free space of the folder at most
 B32, L14 = "ViT-B-32", "ViT-L-14"
-BUILD_LIMIT_S = 150.0
-BEST_FIRST = ("tensorrt", "aoti-cuda", "cuda")
+END_S = 5.0  # before a part is ended from outside, it ends what it runs, and says what it has
+RUNTIMES = ("cuda", "tensorrt", "aoti-cuda")  # in this order: the first needs least
+LATE = "not done"
 
 
 def pictures(job: Job) -> Finding:
@@ -51,47 +54,63 @@ def pictures(job: Job) -> Finding:
 
 
 def b32(job: Job) -> Finding:
-    return model(job, B32)
+    return model(job, B32, RUNTIMES)
 
 
 def l14(job: Job) -> Finding:
-    return model(job, L14)
+    """Without what is compiled: its weights, its graphs and their proof on the CPU already take two minutes."""
+    return model(job, L14, RUNTIMES[:1])
 
 
-def model(job: Job, arch: str) -> Finding:
-    """Random weights, the ONNX Runtime CUDA engine, and the best compiled one: TensorRT, else AOTInductor."""
-    folder, environment = job.work / arch, os.environ | {"NIGHTJAR_ARTIFACTS": str(job.work / "artifacts" / arch)}
-    _run([sys.executable, "-m", "export", "random", "--arch", arch, str(folder)], environment)
-    told = {runtime: _build(folder, runtime, environment) for runtime in ("cuda", "tensorrt")}
-    if told["tensorrt"] != "built":
-        told["aoti-cuda"] = _build(folder, "aoti-cuda", environment)
-    built = [runtime for runtime, words in told.items() if words == "built"]
-    if not built:
+def compile_l14(job: Job) -> Finding:
+    artifact(job, L14)
+    return model(job, L14, RUNTIMES[1:])
+
+
+def model(job: Job, arch: str, runtimes: Sequence[str]) -> Finding:
+    """Random weights, if they are not there, and an engine for each of `runtimes`; AOTInductor's only without TensorRT.
+
+    What does not fit into the time of this part is told so, and costs nothing that was built before it.
+    """
+    folder, ends_s, told, built = job.work / arch, time.monotonic() + job.limit_s - END_S, dict[str, str](), set[str]()
+    environment = os.environ | {"NIGHTJAR_ARTIFACTS": str(job.work / "artifacts" / arch)}
+
+    def step(name: str, *command: str) -> None:
+        began = time.monotonic()
+        if not (words := _run([sys.executable, "-m", *command], environment, ends_s - began)):
+            built.add(name)
+        told[name] = f"{words or 'built'}, {time.monotonic() - began:.0f} s"
+        tell(told=told)
+
+    if not folder.exists():
+        step("weights", "export", "random", "--arch", arch, str(folder))
+    for runtime in runtimes:
+        if (runtime, "tensorrt" in built) != ("aoti-cuda", True):
+            step(runtime, "engines.build", "--model", str(folder), "--runtime", runtime)
+    if not built.intersection(runtimes):
         raise CannotRun(f"no engine of {arch} could be built: {told}")
     cards = [card for _, card in artifact(job, arch).cards() if card.tower == "vision" and card.runtime in built]
     rows = {
-        f"{card.runtime} {card.precision}": {"batch": card.batch, "parity": card.parity, "fused": card.fused_attention}
+        f"{card.runtime} {card.precision}": {
+            "batch": card.batch, "rows_per_s": card.rows_per_s, "parity": card.parity, "fused": card.fused_attention
+        }
         for card in cards
-    }
+    }  # fmt: skip
     layers = artifact(job, arch).spec.vision.layers
     fused = all(card.fused_attention == layers for card in cards if card.runtime == "tensorrt")
     words = "" if fused else f"; a plan does not hold one attention kernel for each of {layers} layers"
-    return Finding(fused and all(card.passed for card in cards), f"{told}{words}", {"told": told, "engines": rows})
+    in_time = not any(one.startswith(LATE) for one in told.values())
+    ok = fused and in_time and all(card.passed for card in cards)
+    return Finding(ok, f"{told}{words}", {"told": told, "engines": rows})
 
 
-def _build(folder: Path, runtime: str, environment: dict[str, str]) -> str:
-    """The word "built", or why it was not."""
+def _run(command: list[str], environment: dict[str, str], limit_s: float) -> str:
+    """Why it failed; empty where it did not."""
     try:
-        _run([sys.executable, "-m", "engines.build", "--model", str(folder), "--runtime", runtime], environment)
-    except (RuntimeError, subprocess.TimeoutExpired) as error:
-        return str(error)[-500:]
-    return "built"
-
-
-def _run(command: list[str], environment: dict[str, str]) -> None:
-    done = subprocess.run(command, capture_output=True, text=True, env=environment, timeout=BUILD_LIMIT_S)
-    if done.returncode:
-        raise RuntimeError(f"exit {done.returncode}: {done.stderr.strip()[-500:]}")
+        done = subprocess.run(command, capture_output=True, text=True, env=environment, timeout=max(0.0, limit_s))
+    except subprocess.TimeoutExpired:
+        return f"{LATE} in the {max(0.0, limit_s):.0f} s that were left"
+    return f"exit {done.returncode}: {done.stderr.strip()[-500:]}" if done.returncode else ""
 
 
 def pool(job: Job, name: str) -> list[bytes]:
@@ -119,18 +138,17 @@ def artifact(job: Job, arch: str) -> Artifact:
 
 
 def runtimes(job: Job, arch: str) -> list[str]:
-    """What this host has of the GPU runtimes for `arch`, best first.
+    """What this host has of the GPU runtimes for `arch`, by the rates in their cards: `auto` takes the first.
 
     Raises:
         CannotRun: none of them, with the reason for each.
     """
-    fit, refused = [], []
-    for runtime in BEST_FIRST:
+    rows_per_s, refused = dict[str, float](), []
+    for runtime in RUNTIMES:
         try:
-            EngineWish(artifact(job, arch), runtime, "auto").rows_per_s("gpu")
-            fit.append(runtime)
+            rows_per_s[runtime] = EngineWish(artifact(job, arch), runtime, "auto").rows_per_s("gpu")
         except EngineUnavailable as error:
             refused.append(str(error))
-    if not fit:
+    if not rows_per_s:
         raise CannotRun(f"no GPU engine of {arch}: {json.dumps(refused)}")
-    return fit
+    return sorted(rows_per_s, key=rows_per_s.__getitem__, reverse=True)

@@ -17,6 +17,7 @@ import numpy as np
 import numpy.typing as npt
 from PIL import Image, ImageOps
 
+WHOLE_S = 480.0  # a whole check takes no longer
 SIZE = 224
 DEVICE = "cuda:0"
 # How far pixels may be from the reference, in levels of 255: IDCT, upsampling and resize each round on their own.
@@ -29,6 +30,7 @@ Levels = npt.NDArray[np.float32]
 class Job(NamedTuple):
     work: Path  # scratch folder of this run: generated pictures, models, indexes
     pictures: Path | None  # the user's own JPEG files
+    limit_s: float = WHOLE_S  # this part is ended after so many seconds
 
 
 class Finding(NamedTuple):

@@ -93,7 +93,7 @@ def patch_stages() -> None:
 
     class Held:
         def __init__(self, image: Any) -> None:
-            self.image = image
+            self.image, self.shape = image, image.shape
 
     stages_gpu.Codec, stages_gpu.OnStream = FakeCodec, Held  # type: ignore[misc, assignment]
 
