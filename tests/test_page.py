@@ -56,6 +56,7 @@ def write_tar(path: Path, folder: Path, keys: list[str]) -> None:
             known = {"label": key.split("/")[0].replace("-", " "), "license": LICENCES[number % 3]}
             known["class"] = "Round" if "circle" in key or "ring" in key else "Straight"
             known["date"] = f"{2010 + number % 10}-06-30"
+            known |= {"latitude": number % 50, "longitude": -number}
             known["rights_holder"] = HOSTILE if number % 5 == 0 else "Maximiliane Featherstonehaugh-Abernathy"
             known["license_url"] = "https://creativecommons.org/licenses/"
             stem, kind = key.rsplit(".", 1)
@@ -400,6 +401,45 @@ def test_filters_are_written_where_there_is_nothing_to_choose_from(visit: Open) 
     assert visitor.address["date_to"] == "2019-06-29"
 
 
+def test_a_place_is_written_and_near_duplicates_come_as_one(visit: Open) -> None:
+    visitor = visit()
+    visitor.open("?q=a+blue+star&label=blue+star")
+    count = len(visitor.labels)
+    menu = visitor.page.locator("form.menu")
+    visitor.page.locator("summary", has_text="More filters").click()
+    menu.locator("[name=box]").fill("10,20,30")
+    visitor.page.keyboard.press("Enter")
+    assert "box" not in visitor.address, "the browser says what a place looks like"
+    menu.locator("[name=box]").fill("-10, -180, 60, 0.5")
+    menu.get_by_label("Near-duplicates as one").check()
+    assert not grave_trouble(visitor.page)
+    visitor.page.keyboard.press("Enter")
+    visitor.wait_for_words("#active", "Near-duplicates: as one")
+    visitor.wait_for_answer()
+    assert visitor.address["box"] == "-10, -180, 60, 0.5"
+    assert len(visitor.labels) == count - 1, "the wide and the tall one show the same"
+    assert [words for words in visitor.page.locator("#grid .copies").all_inner_texts() if words] == ["+1 alike"]
+    assert visitor.page.locator("#end").inner_text() == ""
+    visitor.page.locator("summary", has_text="More filters").click()
+    menu.get_by_label("Near-duplicates as one").uncheck()
+    menu.locator("[name=box]").fill("-10,0.5,60,180")
+    visitor.page.keyboard.press("Enter")
+    visitor.wait_for_words("#notice", "No picture passes these filters")
+    visitor.wait_for_words("#status", "^0 pictures$")
+    assert "group" not in visitor.address
+
+
+def test_an_answer_that_a_threshold_ends_says_so(visit: Open) -> None:
+    visitor = visit()
+    with urlopen(visitor.site.url + "api/search?q=a+shape&k=40", timeout=10) as response:
+        lowest = json.load(response)["hits"][30]["score"] - 1e-4
+    visitor.open(f"?q=a+shape&threshold={lowest}")
+    visitor.page.mouse.wheel(0, 9000)
+    visitor.wait_for_words("#end", "No other picture has this cosine")
+    assert 31 <= len(visitor.labels) < 40
+    visitor.wait_for_words("#status", f"^{PICTURES + 2} pictures")
+
+
 def test_the_grid_fills_as_one_scrolls_and_every_picture_comes_once(visit: Open) -> None:
     visitor = visit()
     visitor.open("?q=a+shape")
@@ -542,6 +582,7 @@ def test_an_error_is_told_in_its_own_words_and_can_be_tried_again(visit: Open) -
     visitor.page.goto(visitor.site.url + "?q=%22a+ring")
     visitor.wait_for_words("#notice.bad", "q has an open quote; close it")
     assert visitor.page.locator("#notice button").count() == 0, "the same words would be refused again"
+    assert visitor.page.locator(".keys").is_hidden(), "there is nothing to move among"
     visitor.page.unroute("**/api/search?*")
     visitor.page.route("**/api/search?*", refuse(500, "the disk is gone"))
     visitor.page.goto(visitor.site.url + "?q=a+ring")
@@ -608,6 +649,25 @@ def test_where_nothing_stands_out_that_is_said(visit: Open, relevance: float, sa
     assert tile.locator(".score span").inner_text() == str(round(100 * relevance))
     bar = "one => one.firstElementChild.getBoundingClientRect().width / one.getBoundingClientRect().width"
     assert tile.locator(".meter").evaluate(bar) == pytest.approx(relevance, abs=0.01)
+
+
+def test_a_label_made_of_folders_reads_as_words_and_is_kept_as_it_is(visit: Open) -> None:
+    visitor = visit()
+    label = "Fruit__Apple_Pink-Lady"
+
+    def answer_so(route: Any) -> None:
+        answer = route.fetch().json()
+        for hit in answer["hits"]:
+            hit["metadata"] = {"label": label}
+        route.fulfill(json=answer)
+
+    visitor.page.route("**/api/search?*", answer_so)
+    visitor.open("?q=an+apple")
+    assert visitor.labels[0] == "Fruit Apple Pink-Lady"
+    assert visitor.page.locator("#grid .rights").first.is_hidden(), "no empty line where there is no licence"
+    visitor.page.locator("#grid .open").first.click()
+    visitor.wait_for_words("#view-label", "^Fruit Apple Pink-Lady$")
+    assert label in visitor.page.locator("#view-facts").inner_text()
 
 
 def test_a_picture_that_has_gone_leaves_its_place_and_words(visit: Open) -> None:
@@ -692,8 +752,17 @@ def test_it_fits_every_screen_and_is_open_to_everybody(visit: Open, size: dict[s
     box = page.locator("#view").bounding_box()
     assert box["x"] >= 0
     assert box["x"] + box["width"] <= size["width"]
+    page.route("**/api/search?*", refuse(500, "the disk is gone"))
+    page.goto(visitor.site.url + "?q=a+ring")
+    visitor.wait_for_words("#notice.bad", "the disk is gone")
+    check("error")
+    page.unroute("**/api/search?*")
+    visitor.errors.clear()
+    page.goto(visitor.site.url + "?q=a+ring&label=nowhere")
+    visitor.wait_for_words("#notice", "No picture has the label")
+    check("nothing")
+    visitor.open("?q=a+blue+star")
     if size == PHONE:
-        page.keyboard.press("Escape")
         columns = page.evaluate(
             "getComputedStyle(document.querySelector('#grid')).gridTemplateColumns.split(' ').length"
         )

@@ -10,8 +10,9 @@ from hypothesis import strategies as st
 
 from pipeline.search.diverse import NEAR_DUPLICATE_COSINE, marginal_relevance, near_duplicates
 from pipeline.search.query import Query, QueryError, Term, combine, parse_query
-from pipeline.search.relevance import Spread
+from pipeline.search.relevance import LOWER, WIDTH_MIN, Background, Spread, stretched
 from pipeline.search.where import Where, parse_box, parse_dates
+from pipeline.store.scan import score
 
 
 def unit(*rows: list[float]) -> npt.NDArray[np.float16]:
@@ -50,9 +51,15 @@ def test_any_text_can_be_quoted(first: str, second: str) -> None:
     assert [(term.text, term.weight) for term in terms] == [(first, 1), (second, -0.25)]
 
 
-@pytest.mark.parametrize("text", ['"a" "b"', '"a" -', '"a', '"a" - b c', '0 * "a"', '"a" - 0*"b"', '"a" ** "b"'])
+@pytest.mark.parametrize("text", ['"a" "b"', '"a" -', '"a" - b c', '0 * "a"', '"a" - 0*"b"', '"a" ** "b"'])
 def test_an_expression_that_cannot_be_read_says_where(text: str) -> None:
     with pytest.raises(QueryError, match=r"cannot be read from|above 0"):
+        parse_query(text)
+
+
+@pytest.mark.parametrize("text", ['"red', '"red" - "a \\"car\\"', '2 * key:"a/b.jpg', '"two\nlines', "“red"])
+def test_a_quote_that_is_not_closed_is_named(text: str) -> None:
+    with pytest.raises(QueryError, match="has a quote that is not closed; close it, or write"):
         parse_query(text)
 
 
@@ -124,6 +131,16 @@ def test_variety_is_what_the_weight_says_and_a_longer_page_begins_like_a_short_o
     assert marginal_relevance(emb_nd, scores, 0.3, 5) == varied[:5]
     assert len(set(marginal_relevance(emb_nd, scores, 0.3, 99))) == 40
     assert marginal_relevance(emb_nd[:0], scores[:0], 0.3, 5) == []
+
+
+@pytest.mark.parametrize("rows", [1, 2, 3, 8, 100])
+def test_the_background_has_the_quantiles_that_numpy_finds(rows: int) -> None:
+    emb_nd = unit(*np.random.default_rng(rows).standard_normal((rows, 8)).tolist())
+    scan = type("Scan", (), {"rows": rows, "gather": lambda _, wanted: emb_nd[wanted]})()
+    spread = Background(scan).spread(emb_nd[0])
+    middle, low = np.quantile(stretched(score(emb_nd, emb_nd[0])), [0.5, LOWER])
+    assert spread.middle == pytest.approx(middle, rel=1e-12)
+    assert spread.width == pytest.approx(max(middle - low, WIDTH_MIN), rel=1e-9)
 
 
 def test_relevance_rises_with_the_score_as_it_says() -> None:

@@ -20,12 +20,12 @@ import numpy.typing as npt
 import pillow_heif
 import pytest
 from pictures import write_folder
-from PIL import Image
+from PIL import Image, ImageDraw
 from runs import index as run_index
 from store_model import DIM, SPACE, run, vector_of
 
-from pipeline.contact_sheet import CAPTION_PX, CELL_PX, GAP_PX, PAPER, Cell, contact_sheet
-from pipeline.search import Index, Query, QueryError, Term, UnknownName, Where, columns, relevance
+from pipeline.contact_sheet import CAPTION_PX, CELL_PX, CELLS_MAX, GAP_PX, PAPER, Cell, contact_sheet
+from pipeline.search import Hit, Index, Query, QueryError, Term, UnknownName, Where, columns, relevance
 from pipeline.search.command import main
 from pipeline.store import generation
 
@@ -264,6 +264,22 @@ def test_variety_pages_do_not_overlap_and_begin_with_the_best(opened: Index) -> 
     assert likeness(opened.search(QUERY, 20, mmr=0.2).rows) < likeness(opened.search(QUERY, 20).rows) - 0.1
 
 
+def test_groups_variety_and_pages_go_together(opened: Index) -> None:
+    """With a filter and a threshold, too: every row that passes comes once, heads as far apart as without pages."""
+    where, lowest = Where(date=("2018", None)), float(np.quantile(opened.search(QUERY, ROWS).scores, 0.3))
+    asked: dict[str, Any] = {"where": where, "threshold": lowest, "group": True, "mmr": 0.4}
+    whole = opened.search(QUERY, ROWS, **asked)
+    pages = [opened.search(QUERY, 11, offset=offset, **asked) for offset in range(0, len(whole) + 11, 11)]
+    np.testing.assert_array_equal(np.concatenate([page.rows for page in pages]), whole.rows)
+    assert [group.tolist() for page in pages for group in page.groups or []] == [g.tolist() for g in whole.groups or []]
+    passing = opened.search(QUERY, ROWS, where=where, threshold=lowest)
+    assert sorted(np.concatenate(whole.groups or []).tolist()) == sorted(passing.rows.tolist())
+    assert len(whole) < len(passing), "some are near-duplicates"
+    assert whole.rows.tolist() != opened.search(QUERY, ROWS, where=where, threshold=lowest, group=True).rows.tolist()
+    heads = {content: rows[0] for rows in whole.groups or [] for content in [PICTURES[opened.generation.keys(rows)[0]]]}
+    assert len(heads) == len(whole), "one head for each content"
+
+
 def test_relevance_is_the_same_in_every_run_and_does_not_hang_on_filters(
     opened: Index, monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -456,7 +472,7 @@ def test_a_reader_that_has_seen_enough_is_no_error(opened: Index) -> None:
 def test_answers_are_printed_before_the_contact_sheet_is_made(
     tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    def full(*_: object) -> None:
+    def full(*_: object, **__: object) -> None:
         raise OSError(errno.ENOSPC, "No space left on device")
 
     monkeypatch.setattr("PIL.Image.Image.save", full)
@@ -483,8 +499,55 @@ def test_an_index_without_pictures_is_told_from_a_filter_that_nothing_passes(
 def test_a_contact_sheet_shows_every_format_and_leaves_a_place_for_what_has_changed() -> None:
     red, heic = Image.new("RGB", (300, 200), (200, 0, 0)), io.BytesIO()
     pillow_heif.from_pillow(red).save(heic)
-    sheet = contact_sheet("red", [Cell(encoded, "", 0.1) for encoded in (heic.getvalue(), b"no picture", None)])
+    sheet = contact_sheet("red", [Cell(encoded, "", 0.1) for encoded in (heic.getvalue(), b"no picture", None)], 3)
     middles_px = [GAP_PX + at * (CELL_PX + GAP_PX) + CELL_PX // 2 for at in (0, 1)]
     colours = [sheet.getpixel((x, CAPTION_PX + CELL_PX // 2)) for x in middles_px]
     assert colours[0] == pytest.approx((200, 0, 0), abs=8)
     assert colours[1] == PAPER
+
+
+def test_a_contact_sheet_of_many_answers_is_bounded_and_says_how_to_go_on(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    one, other = (contact_sheet("", [Cell(None, "", 0.0)], 1, first) for first in (1, 101))
+    assert one != other, "answers keep their numbers from page to page"
+    with monkeypatch.context() as patch:
+        measured, length = set[int](), ImageDraw.ImageDraw.textlength
+        patch.setattr(
+            "PIL.ImageDraw.ImageDraw.textlength",
+            lambda self, text, font: measured.add(len(text)) or length(self, text, font),
+        )
+        contact_sheet("", [Cell(None, "a page of words " * 100, 0.0)], 1)
+        assert max(measured) <= CELL_PX + len("..."), "it is cut letter by letter"
+    held: list[bool] = []
+
+    def read(_: object, hits: list[Hit]) -> Iterator[bytes]:
+        for _hit in hits:
+            held.append(True)
+            yield b"a picture of hundreds of megabytes"
+            held.pop()
+
+    small = io.BytesIO()
+    Image.new("RGB", (32, 32)).save(small, "jpeg")
+
+    def render(*_: object) -> bytes:
+        assert held == [True], "one picture at a time"
+        return small.getvalue()
+
+    monkeypatch.setattr("pipeline.search.command._read", read)
+    monkeypatch.setattr("pipeline.contact_sheet.render", render)
+    run(tmp_path / "index", {f"{number}.jpg": b"%d" % number for number in range(130)})
+    sheet = tmp_path / "sheet.jpg"
+    args = ["--like", "7.jpg", "--out", str(tmp_path / "index"), "--grid", str(sheet), "-k", "120"]
+    for more, words, sides in (
+        ([], f"contact sheet: {sheet}, answers 1 to 100; the next: --offset 100\n", (10, 10)),
+        (["--offset", "100"], f"contact sheet: {sheet}\n", (6, 5)),
+    ):
+        assert main([*args, *more]) == 0
+        assert capsys.readouterr().err == words
+        with Image.open(sheet) as shown:
+            assert shown.format == "JPEG"
+            width, height = sides[0] * (CELL_PX + GAP_PX), sides[1] * (CELL_PX + CAPTION_PX + GAP_PX)
+            assert shown.size == (width + GAP_PX, height + CAPTION_PX + GAP_PX)
+    with pytest.raises(ValueError, match="101 cells; expected at most 100 on one sheet"):
+        contact_sheet("", [], CELLS_MAX + 1)

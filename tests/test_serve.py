@@ -7,6 +7,8 @@ import base64
 import io
 import json
 import shutil
+import struct
+import zlib
 from collections.abc import Iterator
 from pathlib import Path
 
@@ -18,14 +20,23 @@ from PIL import Image
 from runs import index as run_index
 from service import PLENTY, Service, running
 from starlette.requests import Request
+from starlette.types import Message
 
 from pipeline.search import Index, Where
 from pipeline.serve import app
+from pipeline.serve.forms import read_file, read_form
 from pipeline.serve.metrics import Metrics
 from pipeline.serve.parameters import SEARCH, SIMILAR
 from pipeline.serve.settings import parse_serve
 
 SCRIPT = b"<script>alert(1)</script><svg onload=alert(2)>"
+HUGE_PNG = b"\x89PNG\r\n\x1a\n" + b"".join(
+    struct.pack(">I", len(body)) + kind + body + struct.pack(">I", zlib.crc32(kind + body))
+    for kind, body in (
+        (b"IHDR", struct.pack(">IIBBBBB", 100_000, 100_000, 8, 0, 0, 0, 0)), (b"IDAT", zlib.compress(b"")),
+        (b"IEND", b""),
+    )
+)  # fmt: skip
 NEAR = 2e-3  # of float16 vectors made in runs of one and of eight rows
 
 
@@ -34,6 +45,7 @@ def photos(tmp_path_factory: pytest.TempPathFactory) -> Path:
     folder = tmp_path_factory.mktemp("photos")
     write_folder(folder, 40)
     (folder / "polyglot.jpg").write_bytes(noisy_jpeg(900, 300, 200) + SCRIPT)
+    (folder / "same.jpg").write_bytes(noisy_jpeg(900, 300, 200))  # other bytes, equal pixels
     turned = Image.open(io.BytesIO(noisy_jpeg(901, 400, 200)))
     exif = Image.Exif()
     exif[0x0112] = 6  # a quarter turn
@@ -110,6 +122,42 @@ def test_more_like_this_is_narrowed_like_any_question(service: Service, opened: 
     assert "near it: even" in service.http.get(f"/api/similar/{number}?label=evn").json()["note"]
 
 
+@pytest.mark.parametrize("mmr", [None, 0.5])
+def test_near_duplicates_come_as_one_answer(service: Service, opened: Index, mmr: float | None) -> None:
+    """Every picture comes once over all pages."""
+    asked = {"q": "a bird", "group": "true", "k": 2, **({} if mmr is None else {"mmr": mmr})}
+    told: list[int] = []
+    sizes: list[int] = []
+    for offset in range(0, opened.generation.rows, 2):
+        hits = service.http.get("/api/search", params={**asked, "offset": offset}).json()["hits"]
+        found = opened.search("a bird", 2, offset=offset, group=True, mmr=mmr)
+        groups = [[hit["id"], *hit["copies"]] for hit in hits]
+        assert groups == [opened.generation.ids(rows).tolist() for rows in found.groups or []]
+        told += [number for group in groups for number in group]
+        sizes += map(len, groups)
+    assert sorted(sizes) == [1] * (len(sizes) - 1) + [2]
+    assert len(told) == len(set(told)) == opened.generation.rows
+    alike = service.http.get(f"/api/similar/{told[0]}", params={"group": "true", "k": 100}).json()["hits"]
+    assert sum(1 + len(hit["copies"]) for hit in alike) == opened.generation.rows - 1, "all but itself"
+    assert "copies" not in service.http.get("/api/search", params={"q": "a bird"}).json()["hits"][0]
+
+
+def test_no_upload_touches_the_disk() -> None:
+    encoded = b"x" * 3_000_000
+    body = b'--x\r\ncontent-disposition: form-data; name="picture"; filename="a"\r\n\r\n' + encoded + b"\r\n--x--\r\n"
+
+    async def receive() -> Message:
+        return {"type": "http.request", "body": body, "more_body": False}
+
+    async def main() -> None:
+        scope = {"type": "http", "headers": [(b"content-type", b"multipart/form-data; boundary=x")]}
+        async with read_form(Request(scope, receive), len(body)) as form:
+            assert form["picture"]._in_memory  # type: ignore[union-attr]
+            assert await read_file(form, "picture") == encoded
+
+    asyncio.run(main())
+
+
 def test_a_threshold_leaves_out_what_is_below(service: Service) -> None:
     everything = service.http.get("/api/search", params={"q": "x", "k": 40}).json()["hits"]
     limit = everything[10]["score"]
@@ -129,8 +177,9 @@ def test_a_picture_finds_itself_and_more_like_it_finds_others(service: Service, 
 
 @pytest.mark.parametrize(
     ("encoded", "status"),
-    [(b"", 422), (b"hello", 415), (noisy_jpeg(1)[:900], 422), (b"<svg xmlns='http://www.w3.org/2000/svg'/>", 415)],
-    ids=["empty", "text", "truncated", "svg"],
+    [(b"", 422), (b"hello", 415), (noisy_jpeg(1)[:900], 422), (b"<svg xmlns='http://www.w3.org/2000/svg'/>", 415),
+     (HUGE_PNG, 413)],
+    ids=["empty", "text", "truncated", "svg", "10,000 megapixels"],
 )
 def test_what_is_no_whole_picture_is_refused_in_words(service: Service, encoded: bytes, status: int) -> None:
     reply = service.http.post("/api/search", files={"picture": encoded})
@@ -174,7 +223,8 @@ def test_no_byte_of_an_original_is_passed_on(service: Service, opened: Index) ->
 
 @pytest.mark.parametrize(
     "path", ["/thumb/999999", "/thumb/../../etc/passwd", "/thumb/%2e%2e%2fetc%2fpasswd", "/picture/even/00000.jpg",
-             "/page/app.js", "/..%2fapp.py", "/app.py", "//etc/passwd", "/thumb/99999999999999999999999999"],
+             "/page/app.js", "/..%2fapp.py", "/app.py", "//etc/passwd", "/thumb/9999999999999999999",
+             "/thumb/99999999999999999999999999", f"/api/similar/{'9' * 5000}"],
 )  # fmt: skip
 def test_only_indexed_pictures_are_served(service: Service, path: str) -> None:
     assert service.http.get(path).status_code == 404
@@ -216,12 +266,22 @@ def test_embeddings_are_those_of_the_index_in_the_order_asked(service: Service, 
 
 @pytest.mark.parametrize(
     "body", [{}, {"input": []}, {"input": [[1, 2]]}, {"input": ["a"] * 300}, {"input": {"image": "http://127.0.0.1/"}},
-             {"input": "a", "encoding_format": "int8"}, {"input": "a", "dimensions": 3}, {"input": " "}, [], "a"],
+             {"input": "a", "encoding_format": "int8"}, {"input": "a", "dimensions": 3}, {"input": " "}, [], "a",
+             {"input": ["a bird", "half of a character: \ud800"]}, {"input": {"text": "\udfff"}}],
 )  # fmt: skip
 def test_a_wrong_embedding_request_is_told_as_openai_tells_it(service: Service, body: object) -> None:
-    reply = service.http.post("/v1/embeddings", json=body)
+    reply = service.http.post("/v1/embeddings", content=json.dumps(body))
     assert reply.status_code == 400
-    assert len(reply.json()["error"]["message"]) > 10
+    error = reply.json()["error"]
+    assert len(error["message"]) > 10
+    assert (error["type"], error["param"], error["code"]) == ("invalid_request_error", None, None)
+
+
+def test_what_a_client_sends_as_null_is_left_out(service: Service) -> None:
+    """And what OpenAI's own one sends besides, such as `user`, changes nothing."""
+    body = {"input": "a bird", "encoding_format": None, "dimensions": None, "user": "somebody"}
+    rows = [service.http.post("/v1/embeddings", json=one).json()["data"] for one in (body, {"input": "a bird"})]
+    assert rows[0] == rows[1]
 
 
 def test_the_description_is_made_once(index: Path, monkeypatch: pytest.MonkeyPatch) -> None:

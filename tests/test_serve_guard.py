@@ -57,9 +57,16 @@ def test_nothing_is_told_without_the_token(browser: httpx2.Client, path: str) ->
     assert browser.get(path, headers=BEARER).status_code != 401
 
 
+def test_openais_clients_are_told_in_their_form(browser: httpx2.Client) -> None:
+    error = browser.post("/v1/embeddings", json={"input": "a"}).json()["error"]
+    assert error["message"].startswith("a token is needed")
+    assert (error["type"], error["param"], error["code"]) == ("invalid_request_error", None, "invalid_api_key")
+
+
 def test_a_browser_logs_in_once(browser: httpx2.Client) -> None:
     assert browser.get("/").headers["location"] == "login"
     assert "<form" in browser.get("/login").text
+    assert browser.get("/style.css").headers["content-type"] == "text/css; charset=utf-8", "which makes it readable"
     assert browser.post("/login", data={"token": "wrong"}).status_code == 401
     reply = browser.post("/login", data={"token": TOKEN})
     cookie = reply.headers["set-cookie"]
@@ -141,7 +148,7 @@ def test_a_short_token_is_refused_and_not_repeated(index: Path) -> None:
 
 
 def test_a_foreign_name_of_the_loopback_is_not_answered(index: Path) -> None:
-    with running(index, "--rate", "20") as service:
+    with running(index, "--rate", "5") as service:
         assert service.http.get("/api/about", headers={"host": "evil.example"}).status_code == 421
         assert service.http.get("/api/about", headers={"host": "localhost:1"}).status_code == 200
         answers = [service.http.get("/api/search?q=a&k=1") for _ in range(150)]

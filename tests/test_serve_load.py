@@ -26,7 +26,7 @@ from starlette.types import Message, Receive, Scope, Send
 from uvicorn.server import ServerState
 
 from pipeline.serve import connections, decoders
-from pipeline.serve.batcher import ROWS_MAX, Batcher
+from pipeline.serve.batcher import BUDGET_S, ROWS_MAX, Batcher
 from pipeline.serve.decoders import Decoders
 from pipeline.serve.errors import Refusal
 from pipeline.serve.lifeline import Lifeline
@@ -163,7 +163,9 @@ def config(*args: str) -> ServeConfig:
     return parse_serve(["--out", "none", *args])
 
 
-async def request(app: Any, body: bytes = b"", *, leave: asyncio.Event | None = None, **headers: str) -> list[Message]:
+async def request(
+    app: Any, body: bytes = b"", *, leave: asyncio.Event | None = None, path: str = "/api/search", **headers: str
+) -> list[Message]:
     sent: list[Message] = []
     todo: list[Message] = [{"type": "http.request", "body": body, "more_body": False}]
 
@@ -178,7 +180,7 @@ async def request(app: Any, body: bytes = b"", *, leave: asyncio.Event | None = 
 
     named = {"content-length": str(len(body)), **{name.replace("_", "-"): text for name, text in headers.items()}}
     scope = {
-        "type": "http", "path": "/api/search", "method": "POST", "state": {},
+        "type": "http", "path": path, "method": "POST", "state": {},
         "headers": [(name.encode(), text.encode()) for name, text in named.items()],
     }  # fmt: skip
     await app(scope, receive, send)
@@ -219,7 +221,11 @@ def test_a_deadline_ends_the_work() -> None:
     async def main() -> None:
         log: list[str] = []
         app = Lifeline(slow_app(30, log), config("--deadline", "0.2"), Metrics())
-        assert status(await request(app)) == 503
+        sent = await request(app, path="/v1/embeddings")
+        assert status(sent) == 503
+        error = json.loads(sent[1]["body"])["error"]
+        assert "before the deadline" in error["message"]
+        assert error["type"] == "server_error"
         app = Lifeline(slow_app(30, log), config(), Metrics())
         assert status(await request(app, x_timeout_ms="50")) == 503
         assert status(await request(app, x_timeout_ms="soon")) == 400
@@ -297,6 +303,18 @@ def test_a_lone_query_waits_for_nobody_and_not_behind_a_long_request() -> None:
         assert not long.done()
         assert sum(map(len, computer.runs)) < 100
         assert len(await long) == 200
+
+    asyncio.run(main())
+
+
+def test_a_run_keeps_to_the_budget_from_the_first_one_on() -> None:
+    async def main() -> None:
+        took_s: list[float] = []
+        per_row = lambda rows: (time.sleep(0.02 * len(rows)), np.zeros((len(rows), 2), np.float16))[1]  # noqa: E731
+        batcher = Batcher("test", per_row, lambda rows, seconds: took_s.append(seconds))
+        assert (await batcher(list(range(40)))).shape == (40, 2)
+        assert max(took_s) < 1.5 * BUDGET_S
+        assert len(took_s) < 20, "and no shorter than needed"
 
     asyncio.run(main())
 

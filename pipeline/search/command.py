@@ -8,6 +8,7 @@ from __future__ import annotations
 import json
 import logging
 import sys
+from collections.abc import Iterator
 from dataclasses import asdict
 
 import numpy as np
@@ -17,7 +18,7 @@ from engines import EngineUnavailable
 from engines.spec import ArtifactMissing
 from pipeline.batch import BadImage
 from pipeline.config import UsageError
-from pipeline.contact_sheet import Cell, contact_sheet
+from pipeline.contact_sheet import CELLS_MAX, JPEG_QUALITY, Cell, contact_sheet
 from pipeline.exits import DONE, FAILED, USAGE
 from pipeline.search.answer import Found, Hit
 from pipeline.search.config import SearchConfig, parse_search
@@ -43,23 +44,29 @@ def search(cfg: SearchConfig) -> None:
         with reader_may_leave():
             show(cfg, found)
         if cfg.grid:
-            read = zip(_read(index.generation, found.hits), found.hits, strict=True)
-            cells = [Cell(encoded, _label(hit), hit.score) for encoded, hit in read]
-            contact_sheet(cfg.words, cells).save(cfg.grid)
-            _say(f"contact sheet: {cfg.grid}")
+            hits, first = found.hits[:CELLS_MAX], cfg.offset + 1
+            sheet = contact_sheet(cfg.words, _cells(index.generation, hits), len(hits), first)
+            sheet.save(cfg.grid, quality=JPEG_QUALITY)  # where the kind of file has one
+            more = f", answers {first:,} to {cfg.offset + CELLS_MAX:,}; the next: --offset {cfg.offset + CELLS_MAX}"
+            _say(f"contact sheet: {cfg.grid}{more if len(found) > CELLS_MAX else ''}")
 
 
-def _read(generation: Generation, hits: list[Hit]) -> list[bytes | None]:
+def _cells(generation: Generation, hits: list[Hit]) -> Iterator[Cell]:
+    """One at a time: a sheet shows a picture in 65,536 pixels, and its file may have hundreds of megabytes."""
+    for encoded, hit in zip(_read(generation, hits), hits, strict=True):
+        yield Cell(encoded, _label(hit), hit.score)
+
+
+def _read(generation: Generation, hits: list[Hit]) -> Iterator[bytes | None]:
     """The pictures' bytes from where they were indexed; None for one that has gone since."""
-    found: list[bytes | None] = []
     for picture in generation.pictures(np.array([hit.row for hit in hits], np.int64)):
         try:
             source = open_source(picture.source.kind, picture.source.root, split=picture.source.options.get("split"))
-            found.append(source.read(picture.locator, picture.size_bytes))
+            encoded: bytes | None = source.read(picture.locator, picture.size_bytes)
         except (SourceError, BadImage) as error:
             logging.getLogger("nightjar").warning("a picture cannot be shown: %s", error)
-            found.append(None)
-    return found
+            encoded = None
+        yield encoded
 
 
 def _label(hit: Hit) -> str:

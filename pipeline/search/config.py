@@ -72,7 +72,7 @@ def search_parser() -> argparse.ArgumentParser:
     add("--box", metavar="S,W,N,E", help="only from there, in degrees; 35,-10,60,30")
     add("--key", metavar="PATTERN", help="only these keys; * stands for anything, slashes too, ? for one character")
     add("--where", action="append", metavar="COLUMN=VALUE", help="only where a column of the metadata has this value")
-    add("--grid", type=Path, metavar="FILE.png", help="write a contact sheet of the answers")
+    add("--grid", type=Path, metavar="FILE.png", help="write a contact sheet of the answers, of 100 at most")
     add("--json", action="store_true", help="one JSON object instead of a table")
     add("--model", help="hub id or directory (default: the model the index was made with)")
     add("--exact", action="store_true", help="look at every vector, also where there are lists")

@@ -32,6 +32,7 @@ _TOKEN = re.compile(
     re.VERBOSE,
 )
 _EXPRESSION = re.compile(r"""\s*[+-]?\s*(?:(?:\d+(?:\.\d*)?|\.\d+)\s*\*\s*)?(?:key:|file:)?["“]""")
+_UNCLOSED = re.compile(_EXPRESSION.pattern + r"""(?:[^"\\]|\\.)*\Z""", re.DOTALL)
 EXAMPLE = '"red car" - "person"'
 
 
@@ -109,6 +110,8 @@ def parse_query(text: str, templates: Sequence[str] = WORD_FOR_WORD) -> Query:
     at, end = 0, len(text.rstrip())
     while at < end:
         found = _TOKEN.match(text, at)
+        if found is None and _UNCLOSED.match(text, at):
+            raise QueryError(f"{text!r} has a quote that is not closed; close it, or write the words without quotes")
         if found is None or (terms and found["sign"] is None):
             raise QueryError(
                 f"{text!r} cannot be read from {text[at:].strip()[:40]!r} on; join terms with + or - and put several "

@@ -20,6 +20,7 @@ not stand out by much ("a ring": .4), nor does a picture of which half the index
 
 from __future__ import annotations
 
+import math
 from dataclasses import dataclass
 from functools import cached_property
 
@@ -53,8 +54,16 @@ class Background:
         """What this question scores with pictures at large."""
         if not self._scan.rows:
             return Spread(0.0, 1.0)
-        middle, low = np.quantile(stretched(score(self._sample_nd, query_d)), [0.5, LOWER]).tolist()
+        ascending = np.sort(stretched(score(self._sample_nd, query_d)))
+        middle, low = _quantile(ascending, 0.5), _quantile(ascending, LOWER)
         return Spread(middle, max(middle - low, WIDTH_MIN))
+
+
+def _quantile(ascending: npt.NDArray[np.float64], share: float) -> float:
+    """As numpy's, linear between neighbours: two of 4,096 numbers take 25 us with their sort, numpy's 148."""
+    at = share * (len(ascending) - 1)
+    below, above = ascending[int(at)], ascending[math.ceil(at)]
+    return float(below + (at - int(at)) * (above - below))
 
 
 def stretched(scores: Scores) -> npt.NDArray[np.float64]:

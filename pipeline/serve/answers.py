@@ -18,6 +18,7 @@ from pipeline.serve.errors import Refusal
 from pipeline.serve.forms import read_file, read_form
 from pipeline.serve.parameters import (
     FACETS,
+    GROUP,
     MMR,
     OFFSET,
     SEARCH,
@@ -99,7 +100,8 @@ class Answers:
         page = await self._threads.run(
             partial(
                 shown.questions.nearest, query, asked.get(K), asked.get(OFFSET), asked.get(THRESHOLD),
-                mmr=asked.get(MMR), where=where, facets=asked.get(FACETS) or (), without=without,
+                mmr=asked.get(MMR), group=asked.get(GROUP), where=where, facets=asked.get(FACETS) or (),
+                without=without,
             )
         )  # fmt: skip
         took_ms = round(1000 * (time.perf_counter() - start_s), 2)

@@ -13,6 +13,7 @@ from urllib.parse import parse_qs
 from blake3 import blake3
 from prometheus_client import CONTENT_TYPE_LATEST
 from starlette.applications import Starlette
+from starlette.convertors import IntegerConvertor, register_url_convertor
 from starlette.exceptions import HTTPException
 from starlette.requests import Request
 from starlette.responses import HTMLResponse, JSONResponse, RedirectResponse, Response
@@ -22,7 +23,7 @@ from starlette.types import ASGIApp
 from pipeline.serve.answers import Answers
 from pipeline.serve.decoders import Decoders
 from pipeline.serve.embeddings import Embeddings
-from pipeline.serve.errors import Refusal
+from pipeline.serve.errors import Refusal, told
 from pipeline.serve.guard import Guard
 from pipeline.serve.lifeline import Lifeline
 from pipeline.serve.metrics import Metrics
@@ -43,10 +44,20 @@ MEDIA_TYPES = {
 }
 PICTURE_CACHE = "private, max-age=300"  # an id may show other bytes after the next night
 LOGIN_BYTES_MAX = 4096
-LOGIN = """<!doctype html><html lang="en"><meta charset="utf-8"><meta name="viewport" content="width=device-width">
-<title>Nightjar: log in</title><h1>Nightjar</h1>{words}
+LOGIN = """<!doctype html><html lang="en"><meta charset="utf-8"><meta name="color-scheme" content="light dark">
+<meta name="viewport" content="width=device-width, initial-scale=1"><title>Nightjar: log in</title>
+<link rel="stylesheet" href="style.css"><body class="login"><main><h1>Nightjar</h1>
 <form method="post" action="login"><label>Token <input name="token" type="password" autocomplete="current-password"
-required autofocus></label> <button>Log in</button></form></html>"""
+required autofocus></label><p role="alert">{words}</p><button>Log in</button></form></main></body></html>"""
+
+
+class Number(IntegerConvertor):
+    """Of a picture, 64 bits. Starlette's takes any digits, and int() fails at more than 4,300 of them."""
+
+    regex = "[0-9]{1,19}"
+
+
+register_url_convertor("number", Number())
 
 
 class Service:
@@ -65,11 +76,11 @@ class Service:
     def routes(self) -> list[BaseRoute]:
         return [
             Route("/api/search", self.answers.search, methods=["GET", "POST"]),
-            Route("/api/similar/{id:int}", self.answers.similar),
+            Route("/api/similar/{id:number}", self.answers.similar),
             Route("/api/about", self.answers.about),
             Route("/v1/embeddings", self.embeddings.create, methods=["POST"]),
-            Route("/thumb/{id:int}", self.thumb),
-            Route("/picture/{id:int}", self.picture),
+            Route("/thumb/{id:number}", self.thumb),
+            Route("/picture/{id:number}", self.picture),
             Route("/healthz", self.answers.health),
             Route("/metrics", self.tell_metrics),
             Route("/openapi.json", self.describe),
@@ -156,20 +167,15 @@ def _file(path: Path):  # type: ignore[no-untyped-def]
 
 async def _refused(request: Request, error: Exception) -> Response:
     assert isinstance(error, Refusal)
-    return _error(request, error.status, error.words, dict(error.headers))
+    return error.answer(request.scope["path"])
 
 
 async def _no_route(request: Request, error: Exception) -> Response:
     assert isinstance(error, HTTPException)
     words = {404: "there is nothing at this address", 405: f"{request.method} is not for this address"}
     known = f"{words.get(error.status_code, error.detail)}; /openapi.json says what there is"
-    return _error(request, error.status_code, known, dict(error.headers or {}))
+    return told(request.scope["path"], error.status_code, known, error.headers)
 
 
 async def _broken(request: Request, error: Exception) -> Response:
-    return _error(request, 500, "the service failed at this request; its log says why")
-
-
-def _error(request: Request, status: int, words: str, headers: dict[str, str] | None = None) -> Response:
-    openai = {"message": words, "type": "invalid_request_error" if status < 500 else "server_error", "code": status}
-    return JSONResponse({"error": openai if request.url.path.startswith("/v1/") else words}, status, headers)
+    return told(request.scope["path"], 500, "the service failed at this request; its log says why")

@@ -45,7 +45,7 @@ class Batcher(Generic[RowT]):
         self._thread = ThreadPoolExecutor(1, name)
         self._waiting: deque[_Asked[RowT]] = deque()
         self._running = False
-        self._row_s = BUDGET_S / ROWS_MAX
+        self._row_s: float | None = None  # until one row has told how long it takes
 
     async def __call__(self, rows: Sequence[RowT]) -> Vectors:
         """(n, d). A caller that is cancelled takes its rows out of the queue.
@@ -79,7 +79,7 @@ class Batcher(Generic[RowT]):
 
     def _next_run(self) -> list[tuple[_Asked[RowT], int, RowT]]:
         run: list[tuple[_Asked[RowT], int, RowT]] = []
-        rows_max = max(1, min(ROWS_MAX, int(BUDGET_S / self._row_s)))
+        rows_max = 1 if self._row_s is None else max(1, min(ROWS_MAX, int(BUDGET_S / self._row_s)))
         while self._waiting and len(run) < rows_max:
             asked = self._waiting.popleft()
             if asked.done.done():  # cancelled, or failed in an earlier run
@@ -104,7 +104,8 @@ class Batcher(Generic[RowT]):
                     asked.done.set_exception(error)
         else:
             emb_nd, seconds = computed.result()
-            self._row_s += SPEED_SMOOTHING * (seconds / len(run) - self._row_s)
+            row_s = seconds / len(run)
+            self._row_s = row_s if self._row_s is None else self._row_s + SPEED_SMOOTHING * (row_s - self._row_s)
             self._told(len(run), seconds)
             for (asked, place, _), row_d in zip(run, emb_nd, strict=True):
                 asked.emb_nd[place] = row_d

@@ -42,13 +42,12 @@ class Embeddings:
         else:
             body = _read_json(await request.body())
             inputs = _inputs(body.get("input"))
-        encoding = body.get("encoding_format", "float")
+        encoding = _given(body, "encoding_format", "float")
         if encoding not in FORMATS:
             raise Refusal(400, f"encoding_format is {_short(encoding)}; expected float or base64")
-        if (dimensions := body.get("dimensions", model.artifact.spec.dim)) != model.artifact.spec.dim:
-            raise Refusal(
-                400, f"dimensions is {_short(dimensions)}; this model makes {model.artifact.spec.dim}, leave it out"
-            )
+        dim = model.artifact.spec.dim
+        if (dimensions := _given(body, "dimensions", dim)) != dim:
+            raise Refusal(400, f"dimensions is {_short(dimensions)}; this model makes {dim}, leave it out")
         request.state.charge(len(inputs) - 1)
         rows = await self._embed(model, inputs)
         tokens = sum(len(one.text.split()) for one in inputs if one.text is not None)
@@ -95,6 +94,12 @@ def _read_json(body: bytes) -> dict[str, Any]:
     return content
 
 
+def _given(body: dict[str, Any], name: str, default: Any) -> Any:
+    """Some clients send null for what they leave out."""
+    value = body.get(name)
+    return default if value is None else value
+
+
 def _inputs(given: Any) -> list[Input]:
     if isinstance(given, str | dict):
         given = [given]
@@ -125,6 +130,10 @@ def _input(given: Any) -> Input:
 
 
 def _text(text: str) -> Input:
+    try:
+        text.encode()
+    except UnicodeEncodeError:  # "\ud800" in JSON is half a character, which no tokenizer takes
+        raise Refusal(400, f"the text {_short(text)} has half of a character; expected whole ones") from None
     if not text.strip() or len(text) > TEXT_CHARACTERS_MAX:
         raise Refusal(
             400, f"a text has {len(text)} characters; expected 1 to {TEXT_CHARACTERS_MAX}, not all of them blank"

@@ -4,7 +4,10 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 
+from starlette.responses import JSONResponse
+
 RETRY_AFTER_S = 1
+OPENAI_CODES = {401: "invalid_api_key", 429: "rate_limit_exceeded"}
 
 
 class Refusal(Exception):
@@ -17,5 +20,18 @@ class Refusal(Exception):
         self.headers: Mapping[str, str] = {} if wait_s is None else {"retry-after": str(wait_s)}
 
 
+    def answer(self, path: str) -> JSONResponse:
+        return told(path, self.status, self.words, self.headers)
+
+
 def busy(what: str) -> Refusal:
     return Refusal(503, f"{what}; try again after a moment")
+
+
+def told(path: str, status: int, words: str, headers: Mapping[str, str] | None = None) -> JSONResponse:
+    """`words` as JSON; below /v1 in the form that OpenAI's clients read, whichever layer refuses."""
+    if not path.startswith("/v1/"):
+        return JSONResponse({"error": words}, status, headers)
+    kind = "invalid_request_error" if status < 500 else "server_error"
+    openai = {"message": words, "type": kind, "param": None, "code": OPENAI_CODES.get(status)}
+    return JSONResponse({"error": openai}, status, headers)

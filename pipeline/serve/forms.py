@@ -6,12 +6,18 @@ from collections.abc import AsyncIterator
 from contextlib import asynccontextmanager
 
 from starlette.datastructures import FormData, UploadFile
-from starlette.exceptions import HTTPException
+from starlette.formparsers import MultiPartException, MultiPartParser
 from starlette.requests import Request
 
 from pipeline.serve.errors import Refusal
 
 PARTS_MAX = 256
+
+
+class _InMemory(MultiPartParser):
+    """The body is in memory already, and bounded: no upload is written to a disk, where others may find it."""
+
+    spool_max_size = 0  # never
 
 
 @asynccontextmanager
@@ -24,10 +30,13 @@ async def read_form(request: Request, part_bytes_max: int) -> AsyncIterator[Form
     kind = request.headers.get("content-type", "")
     if not kind.lower().startswith("multipart/form-data"):
         raise Refusal(415, f"the body is {kind[:60]!r}; expected multipart/form-data, as curl -F sends it")
+    parser = _InMemory(
+        request.headers, request.stream(), max_files=PARTS_MAX, max_fields=PARTS_MAX, max_part_size=part_bytes_max
+    )
     try:
-        form = await request.form(max_files=PARTS_MAX, max_fields=PARTS_MAX, max_part_size=part_bytes_max)
-    except (HTTPException, ValueError, KeyError) as error:
-        raise Refusal(400, f"the form cannot be read: {getattr(error, 'detail', error)}") from None
+        form = await parser.parse()
+    except (MultiPartException, ValueError, KeyError) as error:
+        raise Refusal(400, f"the form cannot be read: {getattr(error, 'message', error)}") from None
     try:
         yield form
     finally:

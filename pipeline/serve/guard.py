@@ -11,8 +11,8 @@ import time
 from collections import OrderedDict
 from urllib.parse import parse_qsl, urlencode
 
-from starlette.datastructures import Headers, MutableHeaders
-from starlette.responses import JSONResponse, RedirectResponse, Response
+from starlette.datastructures import Headers
+from starlette.responses import RedirectResponse, Response
 from starlette.types import ASGIApp, Message, Receive, Scope, Send
 
 from pipeline.serve.errors import Refusal
@@ -20,13 +20,14 @@ from pipeline.serve.metrics import Metrics
 from pipeline.serve.settings import ServeConfig
 from pipeline.serve.tokens import is_session, is_token, session_cookie
 
-OPEN_PATHS = frozenset({"/healthz", "/login"})
+OPEN_PATHS = frozenset({"/healthz", "/login", "/style.css"})  # the login form has its looks
 # Units of work a request takes from its client's share; an embedding takes one more for every further row.
 COSTS = {"api": 1.0, "v1": 1.0, "healthz": 1.0, "login": 5.0, "thumb": 0.1, "picture": 0.5}
 WRONG_TOKEN_COST = 5.0  # guessing is slow
 BURST_S = 4.0  # of its rate that a client may have saved
 CLIENTS_MAX = 10_000
-SECURITY_HEADERS = {
+HEADERS = {  # of every answer that does not say otherwise
+    "cache-control": "no-store",
     "content-security-policy": (
         "default-src 'self'; img-src 'self' blob: data:; object-src 'none'; base-uri 'none'; form-action 'self'; "
         "frame-ancestors 'none'"
@@ -38,6 +39,7 @@ SECURITY_HEADERS = {
     "cross-origin-resource-policy": "same-origin",
     "permissions-policy": "camera=(), geolocation=(), microphone=()",
 }
+RAW_HEADERS = [(name.encode(), value.encode()) for name, value in HEADERS.items()]
 
 
 class Shares:
@@ -79,17 +81,15 @@ class Guard:
 
         async def send_safely(message: Message) -> None:
             if message["type"] == "http.response.start":
-                headers = MutableHeaders(scope=message)
-                for name, value in SECURITY_HEADERS.items():
-                    headers.setdefault(name, value)
-                headers.setdefault("cache-control", "no-store")
+                given = {name for name, _ in message["headers"]}
+                message["headers"] = [*message["headers"], *(one for one in RAW_HEADERS if one[0] not in given)]
             await send(message)
 
         try:
             early = self._admit(scope)
         except Refusal as refusal:
             self._metrics.refused.labels(str(refusal.status)).inc()
-            early = JSONResponse({"error": refusal.words}, refusal.status, dict(refusal.headers))
+            early = refusal.answer(scope["path"])
         await (early or self._app)(scope, receive, send_safely)
 
     def _admit(self, scope: Scope) -> Response | None:

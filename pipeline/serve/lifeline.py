@@ -15,7 +15,6 @@ from contextlib import contextmanager
 from functools import partial
 
 from starlette.datastructures import Headers
-from starlette.responses import JSONResponse
 from starlette.types import ASGIApp, Message, Receive, Scope, Send
 
 from pipeline.serve.errors import Refusal, busy
@@ -62,8 +61,7 @@ class Lifeline:
             refusal = error if isinstance(error, Refusal) else busy("no answer before the deadline of this request")
             self._metrics.refused.labels("deadline" if error is not refusal else str(refusal.status)).inc()
             if not code:  # else the connection is cut: half an answer must not look like a whole one
-                answer = JSONResponse({"error": refusal.words}, refusal.status, dict(refusal.headers))
-                await answer(scope, receive, send_counted)
+                await refusal.answer(scope["path"])(scope, receive, send_counted)
         except ClientGone:
             self._metrics.cancelled.labels(route).inc()
             return
@@ -101,24 +99,31 @@ class Lifeline:
             async def receive_body() -> Message:
                 return parts.pop() if parts else await never  # that the client goes away is heard below
 
-            sent = False
+            sent = left = False
+            answering = asyncio.current_task()
+            assert answering is not None
 
             async def send_noted(message: Message) -> None:
                 nonlocal sent
                 sent = sent or (message["type"] == "http.response.body" and not message.get("more_body", False))
                 await send(message)
 
-            answer = asyncio.ensure_future(self._app(scope, receive_body, send_noted))
-            gone = asyncio.ensure_future(_until_gone(receive))
+            async def end_with_client() -> None:
+                nonlocal left
+                while (await receive())["type"] != "http.disconnect":
+                    pass
+                if not sent:  # the server says so after a whole answer, too
+                    left = answering.cancel()
+
+            watching = asyncio.create_task(end_with_client())
             try:
-                await asyncio.wait({answer, gone}, return_when=asyncio.FIRST_COMPLETED)
-                if not (answer.done() or sent):  # the server says "gone" after a whole answer, too
-                    raise ClientGone
-                await answer
+                await self._app(scope, receive_body, send_noted)
+            except asyncio.CancelledError:
+                if left and not answering.uncancel():
+                    raise ClientGone from None
+                raise  # by the deadline, or with the service
             finally:
-                for task in (answer, gone):
-                    task.cancel()
-                await asyncio.gather(answer, gone, return_exceptions=True)
+                watching.cancel()
 
     @contextmanager
     def _upload_room(self, scope: Scope) -> Iterator[int]:
@@ -133,7 +138,7 @@ class Lifeline:
         size_bytes = int(headers.get("content-length", "0"))  # the protocol has checked that it is a number
         if size_bytes > limit:
             raise Refusal(
-                413, f"the body has {size_bytes:,} bytes, at most {limit:,} are taken; send a smaller picture"
+                413, f"the body has {size_bytes:,} bytes, at most {limit:,} are taken; send a smaller picture, or fewer"
             )
         if size_bytes > self._upload_bytes_left:
             raise busy(f"{UPLOADS_IN_HAND} large uploads are in hand")
@@ -155,8 +160,3 @@ async def _read(receive: Receive, size_bytes: int) -> bytes:
         parts.append(message.get("body", b""))
         if not message.get("more_body", False):
             return b"".join(parts)
-
-
-async def _until_gone(receive: Receive) -> None:
-    while (await receive())["type"] != "http.disconnect":
-        pass

@@ -33,6 +33,7 @@ HIT = {
     "id": INTEGER, "key": TEXT, "score": {**NUMBER, "description": "cosine"},
     "relevance": {**NUMBER, "description": "0 to 1: how far it stands out from the rest of the index"}, "mark": TEXT,
     "source": INTEGER, "metadata": {"type": "object"},
+    "copies": {"type": "array", "items": INTEGER, "description": "with `group`: ids of its near-duplicates"},
 }  # fmt: skip
 PAGE = {
     "generation": INTEGER, "query": TEXT, "total": INTEGER, "offset": INTEGER, "took_ms": NUMBER,

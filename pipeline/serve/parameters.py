@@ -54,6 +54,12 @@ def _share(text: str) -> float:
     return number
 
 
+def _yes(text: str) -> bool:
+    if text not in ("true", "false"):
+        raise ValueError("true or false")
+    return text == "true"
+
+
 def _names(text: str) -> list[str]:
     names = [name.strip() for name in text.split(",")]
     if len(names) > FACETS_MAX:
@@ -85,6 +91,10 @@ MMR = Parameter(
     "mmr", {"type": "number", "minimum": 0, "maximum": 1},
     "variety: 1 is the plain order, towards 0 answers differ more from each other", _share,
 )  # fmt: skip
+GROUP = Parameter(
+    "group", {"type": "boolean", "default": False},
+    "true: near-duplicates as one answer, whose `copies` are the ids of the others", _yes,
+)  # fmt: skip
 LABEL = Parameter("label", {"type": "string"}, "only this label", _text)
 TAXON = Parameter("taxon", {"type": "string"}, "only this taxon: a name of any rank, or a common name", _text)
 LICENCE = Parameter("licence", {"type": "string"}, "only this licence", _text)
@@ -95,7 +105,7 @@ BOX = Parameter("box", {"type": "string"}, "only from there: south,west,north,ea
 FACETS = Parameter(
     "facets", {"type": "string"}, "count the values of these fields, such as label,licence, among what passes", _names
 )  # fmt: skip
-SIMILAR = (K, OFFSET, THRESHOLD, MMR, LABEL, TAXON, LICENCE, KEY, DATE_FROM, DATE_TO, BOX, FACETS)
+SIMILAR = (K, OFFSET, THRESHOLD, MMR, GROUP, LABEL, TAXON, LICENCE, KEY, DATE_FROM, DATE_TO, BOX, FACETS)
 SEARCH = (Q, *SIMILAR)
 
 

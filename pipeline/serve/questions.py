@@ -14,6 +14,7 @@ from pipeline.search import Index, Query, QueryError, UnknownName, Where
 from pipeline.search.where import EVERYTHING
 from pipeline.serve.errors import Refusal
 from pipeline.store import Picture
+from pipeline.store.scan import Rows
 
 IDS_KEPT = 100_000  # rows of ids that were answered: a thumbnail is asked for right after
 DESCRIBED_KEPT = 20_000  # about 1 KB each
@@ -45,17 +46,19 @@ class Questions:
         threshold: float | None = None,
         *,
         mmr: float | None = None,
+        group: bool = False,
         where: Where = EVERYTHING,
         facets: Sequence[str] = (),
         without: int | None = None,
     ) -> dict[str, Any]:
         """One page of an answer, as JSON; `without` is a row that is neither answered nor counted, because it is the
-        question. A filter by a name that no row has gives no hits, and a `note` with the nearest names.
+        question. A filter by a name that no row has gives no hits, and a `note` with the nearest names. With `group` a
+        hit has the ids of its near-duplicates as `copies`.
 
         Raises:
             Refusal: 400, what this index cannot answer.
         """
-        exact = where != EVERYTHING or mmr is not None
+        exact = where != EVERYTHING or mmr is not None or group
         spare = without is not None and not exact  # lists take no mask: they are asked for one more, which is dropped
         others_n = None
         if without is not None and (exact or facets):
@@ -63,7 +66,7 @@ class Questions:
             others_n[without] = False
         try:
             found = self._index.search(
-                query, offset + k + spare, threshold=threshold, mmr=mmr, where=where,
+                query, offset + k + spare, threshold=threshold, mmr=mmr, group=group, where=where,
                 allowed=others_n if exact else None,
             )  # fmt: skip
             counts = {"facets": self._index.facets(where, facets, allowed=others_n)} if facets else {}
@@ -79,14 +82,21 @@ class Questions:
             found.rows[page].tolist(), found.scores[page].tolist(), found.relevance[page].tolist(), strict=True
         )
         known = self._known(found.rows[page].tolist())
+        copies = self._copies([found.groups[at] for at in page.tolist()]) if found.groups is not None else {}
         return {
             "generation": self._generation.number, "total": found.total - spare, "offset": offset,
             "hits": [
-                {**known[row].words, "score": round(score, 5), "relevance": round(relevance, 4)}
+                {**known[row].words, "score": round(score, 5), "relevance": round(relevance, 4), **copies.get(row, {})}
                 for row, score, relevance in numbers
             ],
             **counts,
         }  # fmt: skip
+
+    def _copies(self, groups: Sequence[Rows]) -> dict[int, dict[str, list[int]]]:
+        """By the row of a group's head: the ids of its other rows."""
+        others = np.concatenate([np.empty(0, np.int64), *(rows[1:] for rows in groups)])
+        ids = iter(self._generation.ids(others).tolist())
+        return {int(rows[0]): {"copies": [next(ids) for _ in rows[1:]]} for rows in groups}
 
     @property
     def facet_fields(self) -> list[str]:

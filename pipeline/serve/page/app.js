@@ -95,7 +95,7 @@ function showAnswer() {
 /** The next page of the answer that is shown; false where there was none to add. */
 async function more() {
   const answer = shown;
-  if (running || answer.stale || answer.hits.length >= Math.min(answer.total ?? 1, REACH)) return false;
+  if (running || answer.stale || answer.ended || answer.hits.length >= REACH) return false;
   const abort = running = new AbortController();
   const slow = setTimeout(() => { $("status").textContent = "Still searching. This takes longer than usual."; }, SLOW_MS);
   $("results").setAttribute("aria-busy", "true");
@@ -114,8 +114,8 @@ async function more() {
     } else {
       Object.assign(answer, { total: page.total, note: page.note, generation: page.generation, took_ms: answer.took_ms ?? page.took_ms });
       if (page.facets) answer.facets = page.facets;
-      if (!page.hits.length) answer.total = answer.hits.length; // a threshold can end an answer early
       answer.hits.push(...page.hits);
+      answer.ended = page.hits.length < PAGE || answer.hits.length === page.total; // a threshold ends it before its total
       added = page.hits.length > 0;
     }
   } catch (error) {
@@ -156,7 +156,7 @@ function again() {
 }
 
 function showSummary() {
-  const { hits, total, trouble, stale } = shown;
+  const { hits, total, trouble, stale, ended } = shown;
   $("share").hidden = !hits.length || address().has("picture");
   if (trouble) {
     delete shown.trouble;
@@ -167,7 +167,7 @@ function showSummary() {
     return say(hits.length ? "end" : "notice", words, actions, true);
   }
   if (total === null) return undefined;
-  $("status").replaceChildren(element("b", plural(total)), total > 1 ? `, most fitting first · ${Math.max(1, Math.round(shown.took_ms))} ms` : "");
+  $("status").replaceChildren(element("b", plural(hits.length && total)), hits.length > 1 ? `, most fitting first · ${Math.max(1, Math.round(shown.took_ms))} ms` : "");
   const narrowed = optionsOf(address()).length > 0;
   if (!hits.length) {
     const clear = button("Search without filters", () => go(link(Object.fromEntries(Object.keys(OPTIONS).map((name) => [name, null])))));
@@ -178,8 +178,10 @@ function showSummary() {
   } else if (hits[0].relevance != null && hits[0].relevance < STANDS_OUT) {
     say("notice", "No picture stands out: many fit about as well, or none does. These come closest.");
   }
-  if (total > PAGE && hits.length >= total) say("end", `That was all: ${plural(total)}.`);
-  else if (hits.length >= REACH) say("end", `These were the ${number.format(hits.length)} that fit best. Ask more precisely to see others.`);
+  const told = hits.reduce((count, { copies }) => count + 1 + (copies?.length ?? 0), 0);
+  if (ended && (told === total || !hits.length)) say("end", told > PAGE ? `That was all: ${plural(total)}.` : "");
+  else if (ended && address().has("threshold")) say("end", "No other picture has this cosine.");
+  else if (ended || hits.length >= REACH) say("end", `These were the ${number.format(hits.length)} that fit best. Ask more precisely to see others.`);
   return undefined;
 }
 
@@ -205,7 +207,7 @@ async function showOpen() {
   if (at >= 0 && address().get("open") === id) {
     setCurrent(at);
     view.dataset.at = at;
-    showLarge(shown.hits[at], at, shown.total);
+    showLarge(shown.hits[at], at, shown.ended ? shown.hits.length : shown.total);
     return view.open || view.showModal();
   }
   if (at < 0 && shown.hits.length) toast("The picture of this link is not among the first answers any more.");

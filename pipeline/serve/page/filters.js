@@ -9,7 +9,7 @@ const FIND_FROM = 10; // shorter lists need no box to find a value in
 export const active = (asked, change) => optionsOf(asked).map(([name, value]) => {
   const one = element("li");
   const off = button("", () => change({ [name]: null }));
-  const words = element("bdi", `${OPTIONS[name]}: ${readable(value)}`);
+  const words = element("bdi", `${OPTIONS[name]}: ${name === "group" ? "as one" : readable(value)}`);
   off.setAttribute("aria-label", `Without the filter ${words.textContent}`);
   off.append(words, icon("cross"));
   one.append(off);
@@ -27,12 +27,16 @@ function written(asked, filters, change) {
   const form = one.querySelector("form");
   for (const input of form.querySelectorAll("input")) {
     const label = input.closest("label");
+    if (input.type === "checkbox") {
+      input.checked = asked.get(input.name) === input.value;
+      continue;
+    }
     label.hidden = input.disabled = !filters.includes(label.dataset.filter);
     input.value = asked.get(input.name) ?? "";
   }
   form.addEventListener("submit", (event) => {
     event.preventDefault();
-    change(Object.fromEntries([...new FormData(form)].map(([name, value]) => [name, value.trim()])));
+    change({ group: null, ...Object.fromEntries([...new FormData(form)].map(([name, value]) => [name, value.trim()])) });
   });
   return one;
 }

@@ -8,6 +8,7 @@ export const REACH = 10_000; // the service answers no further down
 export const FACETS = { label: "Label", taxon: "Taxon", licence: "Licence" };
 export const OPTIONS = {
   ...FACETS, key: "Key", date_from: "From", date_to: "Until", box: "Place", threshold: "Cosine at least", mmr: "Variety",
+  group: "Near-duplicates",
 };
 
 /** What narrows an answer, of all that an address says. */

@@ -45,6 +45,7 @@ export function tile(hit, at) {
     open.classList.add("gone");
     return open.replaceChildren(`${label}: the picture cannot be shown`);
   });
+  one.querySelector(".copies").textContent = copiesOf(hit) && `+${copiesOf(hit)}`;
   one.querySelector(".label").textContent = one.querySelector(".label").title = label;
   one.querySelector(".rights").textContent = one.querySelector(".rights").title = rightsOf(hit);
   const fit = fitOf(hit);
@@ -91,9 +92,11 @@ export function showLarge(hit, at, total) {
   on.disabled = at + 1 >= total;
 }
 
+const copiesOf = ({ copies }) => (copies?.length ? `${number.format(copies.length)} alike` : "");
+
 function facts(hit) {
   const { rights_holder, license, licence, license_url, ...others } = hit.metadata;
-  const told = [["key", hit.key], ["licence", licenceOf(hit)], ["rights holder", rights_holder], ["licence text", license_url], ["mark", hit.mark]];
+  const told = [["key", hit.key], ["licence", licenceOf(hit)], ["rights holder", rights_holder], ["licence text", license_url], ["mark", hit.mark], ["near-duplicates", copiesOf(hit)]];
   told.push(...Object.entries(others).map(([name, value]) => [name.replaceAll("_", " "), value]));
   return told.filter(([, value]) => value != null && value !== "");
 }

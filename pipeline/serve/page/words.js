@@ -15,7 +15,11 @@ export const sentence = (words) => `${words.charAt(0).toUpperCase()}${readable(w
 
 const first = (metadata, ...names) => names.map((name) => metadata[name]).find((value) => value != null && value !== "");
 
-export const labelOf = ({ key, metadata }) => readable(first(metadata, "common_name", "label", "caption") ?? key.split("/").at(-1));
+/** For reading: `Fruit__Pink-Lady` as words; a filter and the large view have a label as it is. */
+export const labelOf = ({ key, metadata }) => {
+  const named = first(metadata, "common_name", "label", "caption");
+  return named == null ? readable(key.split("/").at(-1)) : readable(named).replaceAll(/_+/g, " ").trim() || readable(named);
+};
 export const licenceOf = ({ metadata }) => first(metadata, "license", "licence");
 export const rightsOf = (hit) => [licenceOf(hit), hit.metadata.rights_holder].filter(Boolean).map(readable).join(" · ");
 
