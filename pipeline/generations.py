@@ -23,6 +23,7 @@ from pipeline.config import UsageError, only_index_here
 from pipeline.exits import DONE, FAILED, LOCKED, USAGE
 from pipeline.store import Locked, NoIndex, StoreError, show_generation
 from pipeline.terminal import print_table, printable, reader_may_leave
+from pipeline.writing import why_no_index
 
 log = logging.getLogger("nightjar")
 EXAMPLES = """examples:
@@ -52,7 +53,7 @@ def kept_generations(index: Path) -> list[Kept]:
     """
     current = index / "current"
     if not current.is_symlink():
-        raise NoIndex(f"no index in {index}; make one: python -m pipeline.index --out {index} ...")
+        raise NoIndex(why_no_index(index))
     shown = os.readlink(current).rpartition("/")[2]
     kept = []
     for home in sorted((index / "generations").iterdir(), key=lambda home: (len(home.name), home.name)):

@@ -14,17 +14,18 @@ import shlex
 import sqlite3
 import sys
 import time
-from contextlib import suppress
+from collections.abc import Iterator
+from contextlib import contextmanager, suppress
 from dataclasses import asdict, dataclass, field, replace
 from typing import NamedTuple
 
 from pipeline.batch import Item
-from pipeline.config import Config, parse_index
+from pipeline.config import Config, index_words, parse_index
 from pipeline.devices import EngineWish, lane_specs
 from pipeline.exits import BUDGET_SPENT, DONE, INTERRUPTED, MANY_QUARANTINED
 from pipeline.failures import FAILURES, TooManyDeletions, exit_code, words
 from pipeline.model_change import ModelChange, compare_models
-from pipeline.progress import Display, TransferBar
+from pipeline.progress import Display, LinePace, TransferBar, clock_time
 from pipeline.run_record import Clock, run_record
 from pipeline.run_reports import publishing_s, tell_unended, unlisted_words, work_s
 from pipeline.scheduler import Sharing, Totals
@@ -32,9 +33,10 @@ from pipeline.shares import POLICIES
 from pipeline.sources import Damage, SourceError
 from pipeline.sources.download import download_inat2021
 from pipeline.stop import Stop
-from pipeline.store import Counts, Generation, Scope, Store, Turn
+from pipeline.store import Counts, Generation, Scope, Store, StoreError, Turn
 from pipeline.store.check_shown import open_shown
 from pipeline.store.files import write_text
+from pipeline.terminal import printable
 
 log = logging.getLogger("nightjar")
 
@@ -115,7 +117,7 @@ def run(cfg: Config, stop: Stop) -> Report:
         try:
             index_source(cfg, store, stop, indexed)
             with indexed.clock.phase("publishing"):
-                turn = Turn(lambda: stop.requested or time.monotonic() >= start_s + cfg.budget_s, indexed.clock.phase)
+                turn = list_turn(stop, start_s + cfg.budget_s, indexed.clock)
                 published = Published() if stop.requested else publish(cfg, store, turn)
             report = account(cfg, indexed, published, stop.requested, time.monotonic() - start_s)
             write_record(cfg, indexed, report)
@@ -147,9 +149,20 @@ def index_source(cfg: Config, store: Store, stop: Stop, indexed: Indexed) -> Non
 
 
 def write_record(cfg: Config, indexed: Indexed, report: Report, **more: object) -> None:
+    """
+    Raises:
+        StoreError: it cannot be written, such as for a full disk.
+    """
     record = run_record(cfg, indexed.run, indexed.counts, indexed.totals, indexed.clock)
     content = {**asdict(report), **record, **more}
-    write_text(cfg.out / "runs" / f"{indexed.run}.json", json.dumps(content, indent=1))
+    path = cfg.out / "runs" / f"{indexed.run}.json"
+    try:
+        write_text(path, json.dumps(content, indent=1))
+    except OSError as error:
+        raise StoreError(
+            f"{path} cannot be written: {error.strerror}; what is done is committed. Make room, or the folder "
+            "writable, and run the same command again"
+        ) from error
 
 
 def leave_record(cfg: Config, indexed: Indexed, error: BaseException, seconds: float) -> None:
@@ -177,10 +190,11 @@ def observe(cfg: Config, store: Store, stop: Stop, indexed: Indexed) -> None:
     """
     items: list[Item] = []
     damaged: set[str] = set()
-    listed, last_line_s = 0, time.monotonic()
+    listed, pace = 0, LinePace()
     for found in cfg.source.list(store.container_unchanged):
         if isinstance(found, Item):
             items.append(found)
+            listed += 1
         elif isinstance(found, Damage):
             if not found.key_prefix:
                 root = cfg.source.root
@@ -194,10 +208,9 @@ def observe(cfg: Config, store: Store, stop: Stop, indexed: Indexed) -> None:
             items = []
         if len(items) >= OBSERVE_ROWS:
             store.observe(items)
-            listed, items = listed + len(items), []
-            if time.monotonic() - last_line_s >= 1.0:
-                last_line_s = time.monotonic()
-                log.info("listing: %s pictures so far", f"{listed:,}")
+            items = []
+        if not items and pace.due():
+            log.info("listing %s: %s pictures in %s", printable(cfg.source.root), f"{listed:,}", pace.so_far())
         if stop():
             return
     store.observe(items)
@@ -212,10 +225,12 @@ def delete_missing(cfg: Config, store: Store) -> int:
     """Rows of this source that were not listed leave the next generation."""
     missing, known = store.listing_preview()
     if missing and 100 * missing > cfg.max_deleted_percent * known:
+        again = index_words(cfg.source.kind, cfg.source.root, cfg.source.options)
+        again += ["--model", cfg.artifact.spec.model, "--out", str(cfg.out)]
         raise TooManyDeletions(
             f"{missing:,} of {known:,} known pictures are gone from {cfg.source.root}, more than --max-deleted "
             f"{cfg.max_deleted_percent:g} %. Is it mounted? Nothing of it was deleted or embedded; if this is right, "
-            "run again with --max-deleted 100"
+            f"once: {shlex.join(again)} --max-deleted 100"
         )
     return store.finish_listing()
 
@@ -232,10 +247,22 @@ def embed(cfg: Config, store: Store, stop: Stop, indexed: Indexed) -> None:
     log.info("devices %s: %s", ",".join(cfg.devices.names), cfg.devices.reason)
     log.info("setting: %s", cfg.devices.setting)
     specs = lane_specs(cfg.devices, cfg.source, EngineWish(cfg.artifact, cfg.runtime, cfg.precision), cfg.out / "runs")
-    with Display(pending, quiet=cfg.json_only) as display:
+    with Display(cfg.source.root, pending, stop.deadline_s, quiet=cfg.json_only) as display:
         sharing = Sharing(store, specs, stop, display.tick, cfg.devices.named, POLICIES[cfg.sharing]())
         indexed.totals = sharing.totals  # of a run that fails too
         sharing.run()
+
+
+def list_turn(stop: Stop, end_s: float, clock: Clock) -> Turn:
+    """The making of lists, until the budget ends at `end_s` of time.monotonic(); hours of it are no silence."""
+
+    @contextmanager
+    def phase(name: str) -> Iterator[None]:
+        log.info("lists for approximate search are brought up to date")
+        with clock.phase(name):
+            yield
+
+    return Turn(lambda: stop.requested or time.monotonic() >= end_s, phase)
 
 
 def publish(cfg: Config, store: Store, turn: Turn) -> Published:
@@ -246,8 +273,16 @@ def publish(cfg: Config, store: Store, turn: Turn) -> Published:
         with Generation.at(cfg.out, shown) as old, Generation.at(cfg.out, new) as ours:
             changes.append(compare_models(old, ours))
 
+    log.info("publishing")
+    start_s = time.monotonic()
     spec, extra = json.loads(cfg.artifact.spec.to_json()), {"artifact": str(cfg.artifact.path)}
-    generation = store.publish(spec, extra, cfg.keep, review, turn)
+    try:
+        generation = store.publish(spec, extra, cfg.keep, review, turn)
+    except OSError as error:  # of a full disk Python says neither where nor what to do
+        raise StoreError(
+            f"{cfg.out} could not be published: {error}; what is embedded is kept, and readers see a whole generation. "
+            "Make room, or mend the disk, and run the same command again"
+        ) from error
     if generation is None:
         log.warning(
             "%s pictures have no vector of this model yet, so readers still see the other model's; "
@@ -260,6 +295,7 @@ def publish(cfg: Config, store: Store, turn: Turn) -> Published:
         )  # fmt: skip
     else:
         open_shown(cfg.out)
+        log.info("readers see generation %d, after %s", generation, clock_time(time.monotonic() - start_s))
     for change in changes:
         log.info("%s", change.words())
     return Published(generation, changes[0] if changes else None)

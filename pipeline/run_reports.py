@@ -61,7 +61,8 @@ def unended(out: Path, run: int) -> list[int]:
 def tell_unended(out: Path, run: int) -> None:
     """To be called by who holds the lock and has not begun another run, so that none of them is going on."""
     for earlier in unended(out, run):
-        log.warning("run %d never ended: it was killed, or its machine went down. This one goes on there", earlier)
+        why = "it was killed, its machine went down, or its disk was full"
+        log.warning("run %d never ended: %s. This one goes on there", earlier, why)
 
 
 def unlisted_words(unlisted: Mapping[str, Any] | None) -> str:

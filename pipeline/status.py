@@ -20,7 +20,6 @@ from typing import Any
 import psutil
 from rich.console import Console
 from rich.markup import escape
-from rich.table import Table
 
 from pipeline.config import UsageError, index_words, only_index_here
 from pipeline.exits import DONE, FAILED, USAGE
@@ -29,6 +28,7 @@ from pipeline.run_reports import read_night, read_report, unlisted_words
 from pipeline.store import NoIndex, StoreError
 from pipeline.store.ledger import Entry, SourceState, Stock, quarantine_ledger, take_stock
 from pipeline.terminal import printable
+from pipeline.writing import writer
 
 log = logging.getLogger("nightjar")
 
@@ -80,26 +80,9 @@ def status(index: Path) -> dict[str, Any]:
     }  # fmt: skip
 
 
-def writer(index: Path) -> int | None:
-    """Process that writes to the index now. Told by the kernel's list of locks: asking for the lock, even for a moment,
-    could turn a run away that starts in that moment."""
-    try:
-        inode = (index / "lock").stat().st_ino
-        locks = Path("/proc/locks").read_text().splitlines()
-    except FileNotFoundError:
-        return None
-    for line in locks:
-        match line.split():
-            case [_, "FLOCK", _, "WRITE", pid, place, *_] if place.rpartition(":")[2] == str(inode):
-                return int(pid)
-    return None
-
-
 def _kept(index: Path) -> list[Kept]:
-    try:
-        return kept_generations(index)
-    except NoIndex:  # a first run that has not published yet
-        return []
+    """None in a first run that has not published yet."""
+    return kept_generations(index) if (index / "current").is_symlink() else []
 
 
 def _bytes(index: Path, part: str) -> int:
@@ -163,13 +146,10 @@ def _time(seconds: int) -> str:
 
 def _print(found: dict[str, Any]) -> None:
     console = Console(highlight=False)
-    console.print(f"[bold]{escape(found['index'])}[/]", *_headline(found), sep="\n  ")
-    table = Table("source")
-    for state in STATES:
-        table.add_column(state, justify="right")
+    console.print(f"[bold]{escape(found['index'])}[/]", *map(escape, _headline(found)), sep="\n  ", soft_wrap=True)
     for source in found["sources"]:
-        table.add_row(escape(_name(source)), *(f"{source[state]:,}" for state in STATES))
-    console.print(table)
+        states = ", ".join(f"{source[state]:,} {state}" for state in STATES)
+        console.print(escape(f"{_name(source)}: {states}"), soft_wrap=True)
     for source in found["sources"]:
         for reason, told in source["reasons"].items():
             console.print(f"[bold]{reason}[/] {told['count']:,} of {escape(_name(source))}")
@@ -179,7 +159,7 @@ def _print(found: dict[str, Any]) -> None:
                 console.print(line, soft_wrap=True)
             console.print(f"  try again: {escape(told['retry'])}", soft_wrap=True)
     if night := found["last_night"]:
-        line = f"last night {night['started']}: exit {night['exit']}: {printable(night['words'])}"
+        line = f"last night that ended, begun {night['started']}: exit {night['exit']}: {printable(night['words'])}"
         console.print(escape(line), soft_wrap=True)
     for run in found["runs"]:
         console.print(escape(_run_line(run)), soft_wrap=True)
@@ -193,6 +173,9 @@ def _headline(found: dict[str, Any]) -> Iterator[str]:
         pinned = ", chosen by hand" if shown["pinned"] else ""
         head = f"generation {shown['number']} of {shown['published']}{pinned}"
         yield f"{head}: {shown['rows']:,} pictures, {shown['model']}"
+        if (newest := found["generations"][-1]) != shown["number"]:
+            newest_again = ["python", "-m", "pipeline.generations", "--out", found["index"], "--show", "newest"]
+            yield f"generation {newest} is newer, and not seen by readers; to show it: {shlex.join(newest_again)}"
     yield ", ".join(f"{part} {size / 1e6:,.1f} MB" for part, size in found["bytes"].items())
     if found["running"] is not None:
         yield f"a run is going on (process {found['running']})"
@@ -201,7 +184,8 @@ def _headline(found: dict[str, Any]) -> Iterator[str]:
 def _run_line(run: dict[str, Any]) -> str:
     head = f"run {run['run']} {run['started']} {run['root']}: "
     if run["never_ended"]:
-        return head + "never ended: it was killed, or its machine went down. The next run goes on there"
+        why = "it was killed, its machine went down, or its disk was full"
+        return f"{head}never ended: {why}. The next run goes on there"
     if run["exit"] is None:
         return head + "going on"
     done = (

@@ -8,6 +8,7 @@ import re
 import shutil
 import subprocess
 import sys
+from collections.abc import Iterator
 from pathlib import Path
 from types import SimpleNamespace
 from typing import cast
@@ -18,8 +19,10 @@ from PIL import Image
 from runs import index, run_module
 
 from pipeline import progress
-from pipeline.config import index_parser
+from pipeline.batch import Item
+from pipeline.config import Config, index_parser
 from pipeline.duration import parse_duration, words
+from pipeline.index import Indexed, observe
 from pipeline.lanes import Lane
 from pipeline.messages import Tick
 from pipeline.nightly.night import nightly_parser
@@ -27,6 +30,8 @@ from pipeline.progress import Display
 from pipeline.scheduler import Totals
 from pipeline.search.config import search_parser
 from pipeline.status import status_parser
+from pipeline.stop import Stop
+from pipeline.store import Store
 
 ROOT = Path(__file__).resolve().parents[1]
 
@@ -196,20 +201,63 @@ def test_what_is_no_duration_is_refused(text: str) -> None:
 
 
 def test_a_night_leaves_hundreds_of_lines_and_each_says_how_long_it_takes(
-    monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+    monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
 ) -> None:
     clock = [0.0]
     monkeypatch.setattr(progress, "monotonic", lambda: clock[0])
-    display, lane = Display(6 * 3600 * 100, quiet=False), SimpleNamespace(spec=SimpleNamespace(name="cpu/0"))
-    for second in range(1, 6 * 3600 + 1):
+    monkeypatch.setattr("sys.stderr.isatty", lambda: False)
+    caplog.set_level("INFO")
+    hours = 3600.0
+    display = Display("/photos\x1b", 6 * 3600 * 100, 5 * hours, quiet=False)
+    lanes = [cast(Lane, SimpleNamespace(spec=SimpleNamespace(name=f"cpu/{number}"))) for number in range(2)]
+    for second in range(100, 5 * 3600 + 1, 4):  # engines take 96 s to load
         clock[0] = second
-        display.tick(cast(Lane, lane), Tick(rows=100, seconds=1.0), Totals())
-    lines = capsys.readouterr().err.splitlines()
-    assert 300 < len(lines) < 400
-    assert lines[0].startswith("100/2,160,000  0 %, 5:59:59 left  cpu/0 100.0 img/s")
-    halves = [line for line in lines if " 50 %, " in line]
-    assert halves
-    assert all(re.search(r", (2:5\d|3:0\d):\d\d left", line) for line in halves)
+        for lane in lanes:  # half as fast after four hours
+            display.tick(lane, Tick(rows=200 if second < 4 * hours else 100, seconds=4.0), Totals())
+    lines = [record.getMessage() for record in caplog.records]
+    assert 280 < len(lines) < 330
+    assert lines[0].startswith(
+        r"embedding /photos\x1b: 200/2,160,000  0 %, 50.0 img/s, 11:59:56 left, the budget ends in 4:58:20: about "
+    )
+    assert "2,160,000  50 %, 100.0 img/s, 3:00:" in "".join(lines), "the engine's start does not count"
+    earlier, at_end = (next(line for line in lines if f"budget ends in {left}" in line) for left in ("1:01", "0:00"))
+    assert "100.0 img/s, 2:02:" in earlier
+    assert " 50.0 img/s, 3:0" in at_end, "the speed is that since the last line"
+    assert re.search(r": about 549,900 stay for the next run  cpu/0 bad 0  waits: ", at_end)
+
+    caplog.clear()
+    for args in ({"total": 100}, {"total": 100, "deadline_s": 1e9}):
+        Display("/photos", **args, quiet=False).tick(lanes[0], Tick(rows=50, seconds=1.0), Totals())
+    endless, ample = [record.getMessage() for record in caplog.records]
+    assert "0:00:01 left  cpu/0" in endless
+    assert re.search(r"0:00:01 left, the budget ends in \d+ days, [\d:]+  cpu/0", ample), "nothing stays"
+    Display("/photos", 100, quiet=True).tick(lanes[0], Tick(rows=50, seconds=1.0), Totals())
+    assert len(caplog.records) == 2
+
+
+def test_listing_is_told_of_containers_too(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
+    """Each tar gives a thousand pictures, which are taken in when it has been read to its end."""
+    clock = [0.0]
+
+    def listed(_: object) -> Iterator[object]:
+        for tar in range(100):
+            yield from (Item(f"{tar}/{number}", b"", 1) for number in range(1000))
+            clock[0] += 10
+            yield SimpleNamespace(uri=f"{tar}.tar")
+
+    monkeypatch.setattr(progress, "monotonic", lambda: clock[0])
+    caplog.set_level("INFO")
+    source = SimpleNamespace(kind="tar", root="s3://shards", list=listed)
+    store = SimpleNamespace(
+        observe=lambda _: None, container_seen=lambda _: None, container_unchanged=None, counts=lambda: [1, 0, 0, 0]
+    )
+    observe(cast(Config, SimpleNamespace(source=source)), cast(Store, store), Stop(), Indexed(1))
+    lines = [record.getMessage() for record in caplog.records]
+    assert lines[0] == "listing s3://shards: 1,000 pictures in 0:00:10"
+    assert 15 < len(lines) < 25, "a minute between them, of a thousand seconds"
+    assert lines[-1].startswith("listing s3://shards: 9")
 
 
 def test_a_named_runtime_that_was_not_built_is_an_error(tiny_model: Path, tmp_path: Path) -> None:

@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import errno
 import json
+import shlex
 import shutil
 import subprocess
 import sys
@@ -65,7 +67,9 @@ def test_too_many_deletions_are_told_in_the_morning(there: Path, tiny_model: Pat
     assert (told["exit"], told["inputs"], told["deleted"]) == (MANY_DELETED, 6, 0)
     assert told["error"] == ran.report["error"]
     assert "Failed: 6 of 6 known pictures are gone" in page(out, 3)
-    newest = status(out)["runs"][0]
+    again = shlex.split(ran.report["error"].partition("if this is right, once: ")[2])
+    assert run_module("pipeline.index", *again[3:], "--keep", 7).report["deleted"] == 6, "as it is told"
+    newest = status(out)["runs"][1]
     assert (newest["run"], newest["exit"], newest["never_ended"]) == (3, MANY_DELETED, False)
     assert "exit 6, 0 embedded" in (shown := run_module("pipeline.status", "--out", out).stdout)
     assert "6 of 6 known pictures are gone" in shown
@@ -117,6 +121,40 @@ def test_a_memory_error_is_one_line_with_a_remedy(
     assert failures.words(MemoryError("Unable to allocate 3 GiB")).count("3 GiB") == 1
 
 
+def full(*_: object) -> None:
+    raise OSError(errno.ENOSPC, "No space left on device")  # of a write, Python tells no more
+
+
+def test_a_night_whose_disk_is_full_says_where_and_what_to_do(
+    tmp_path: Path, tiny_model: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str],
+    caplog: pytest.LogCaptureFixture,
+) -> None:  # fmt: skip
+    """What it did is told, although none of its records can be written."""
+    write_folder(tmp_path / "a", 4)
+    write_folder(tmp_path / "b", 4, first_seed=50)
+    configure(tmp_path, tiny_model, ["a", "b"])
+    toml, out = tmp_path / "nightly.toml", tmp_path / "index"
+    toml.write_text(toml.read_text().replace("page = false", ""))
+    with monkeypatch.context() as patch:
+        patch.setattr(indexing, "write_text", full)
+        assert nightly.main(["--config", str(toml)]) == FAILED
+    told = json.loads(capsys.readouterr().out.strip().splitlines()[-1])
+    assert [told["embedded"], told["generation"], [one["exit"] for one in told["sources"]]] == [8, 1, [1, 1]]
+    for number in (1, 2):
+        assert f"{out}/runs/{number}.json cannot be written: No space left on device; what is done" in told["words"]
+    assert "Make room" in told["words"]
+    assert "no page of" not in caplog.text, "that follows"
+    assert status(out)["generation"]["rows"] == 8
+
+    write_folder(tmp_path / "a/more", 2, first_seed=90)
+    monkeypatch.setattr("pipeline.store.publish.write_generation", full)
+    assert nightly.main(["--config", str(toml)]) == FAILED
+    told = json.loads(capsys.readouterr().out.strip().splitlines()[-1])
+    assert told["words"].startswith(f"{out} could not be published: [Errno 28] No space left on device; what is emb")
+    assert "Make room" in told["words"]
+    assert status(out)["generation"]["rows"] == 8
+
+
 def test_a_run_that_was_killed_is_told_by_the_next_and_by_status(there: Path, tiny_model: Path) -> None:
     out = there / "index"
     code = (
@@ -129,7 +167,7 @@ def test_a_run_that_was_killed_is_told_by_the_next_and_by_status(there: Path, ti
     runs = {one["run"]: one["never_ended"] for one in status(out)["runs"]}
     assert runs == {3: True, 2: True, 1: False}
     assert "run 3" in (shown := run_module("pipeline.status", "--out", out).stdout)
-    assert "never ended: it was killed" in shown
+    assert "never ended: it was killed, its machine went down, or its disk was full" in shown
     ran = index(there / "photos", out, "--model", tiny_model)
     assert ran.code == 0
     assert "run 3 never ended" in ran.stderr
@@ -193,5 +231,5 @@ def test_every_source_of_a_failed_night_has_its_page(
     last = status(out)["last_night"]
     assert last["exit"] == 2
     assert f"{tmp_path}/a" in last["words"]
-    assert "last night" in run_module("pipeline.status", "--out", out).stdout
+    assert "last night that ended, begun 2" in run_module("pipeline.status", "--out", out).stdout
     assert status(out)["runs"][0]["run"] == 6

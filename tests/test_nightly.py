@@ -8,6 +8,7 @@ import os
 import re
 import shlex
 import shutil
+import sys
 import time
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -32,7 +33,7 @@ from pipeline.index import Indexed, run
 from pipeline.nightly import night as nightly
 from pipeline.nightly.config import WebhookTable
 from pipeline.nightly.metrics import write_metrics
-from pipeline.nightly.result import Tonight
+from pipeline.nightly.result import COUNTED, Tonight, work_words
 from pipeline.nightly.tell import post
 from pipeline.report.page import write_report
 from pipeline.scheduler import LaneFailed
@@ -143,7 +144,18 @@ def test_nights_of_two_sources(tmp_path: Path, tiny_model: Path) -> None:
         assert third.report["verify"]["sample"]["rows"] == 4
         assert len(vectors_by_key(tmp_path / "index")) == 17
 
+        for words in (
+            f"source 1 of 2: folder {a}, ", f"embedding {a}: 10/10  100 %, ",
+            "source 1 of 2: 10 embedded, 0 copied, 0 newly quarantined, 0 deleted of 10 pictures",
+            f"source 2 of 2: folder {b}, ", f"embedding {b}: ",
+            "source 2 of 2: 6 embedded, 0 copied, 1 newly quarantined, 0 deleted of 7 pictures",
+            "verifying: sample", "embedded again on cpu", "verified: 16 vectors read, 4 pictures embedded again, 0 ",
+            "publishing", "readers see generation 1", f"and why: python -m pipeline.status --out {tmp_path / 'index'}",
+        ):  # fmt: skip
+            assert words in first.stderr, first.stderr
+        assert ", the budget ends in " in first.stderr
         log = [json.loads(line) for line in (tmp_path / "log.jsonl").read_text().splitlines()]
+        assert any(line["message"].startswith(f"embedding {a}: 10/10  100 %, ") for line in log)
         assert [line["night"]["exit"] for line in log if "night" in line] == [0, 2, 6]
         assert all({"time", "level", "message"} <= line.keys() for line in log)
         shown = "".join([*(ran.stdout + ran.stderr for ran in (first, second, third)), json.dumps(log)])
@@ -167,6 +179,7 @@ def test_what_could_not_be_listed_is_told_everywhere(tmp_path: Path, tiny_model:
     for told in (ran.report["unlisted"], ran.report["sources"][0]["unlisted"]):
         assert (told["count"], told["examples"][0]["key_prefix"]) == (1, "b.tar/")
     assert "1 part of the source could not be listed, such as b.tar/: " in ran.report["words"]
+    assert f"tar {shards}: more newly quarantined, or not listed, than max_quarantined = 0" in ran.report["words"]
     assert metrics(tmp_path / "night.prom")["nightjar_unlisted", f"tar {shards}"] == 1
     page = (out / "runs/1.html").read_text()
     assert "1 part of the source could not be listed; all " in page
@@ -197,7 +210,8 @@ def test_damage_is_never_published(tmp_path: Path, tiny_model: Path) -> None:
     ran = night(tmp_path)
     assert (ran.code, ran.report["generation"], ran.report["embedded"]) == (7, None, 1), ran.stderr
     assert os.readlink(tmp_path / "index/current") == "generations/1"
-    assert "--repair" in ran.stderr
+    repair = f"python -m pipeline.verify --repair --out {tmp_path / 'index'}"
+    assert ran.report["words"].endswith(f"last generation: {repair}")
     assert json.loads((tmp_path / "index/runs/2.json").read_text())["exit"] == 7
 
 
@@ -419,3 +433,21 @@ def test_sources_share_a_budget_and_the_one_that_lags_behind_comes_last(
     assert [one.error for one in sources] == ["", "no lane is left", ""]
     nightly.index_in_turn(sources, None, stop, math.inf)  # type: ignore[arg-type]
     assert shares["behind"] == math.inf
+
+
+def test_a_look_at_the_index_that_takes_long_is_no_silence(
+    caplog: pytest.LogCaptureFixture, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    caplog.set_level("INFO")
+    monkeypatch.setattr(nightly, "VERIFY_LINE_S", 1.0)
+    command = [sys.executable, "-c", "import time; time.sleep(2.2); print('{}')"]
+    assert nightly._wait(command, Stop()) == (0, "{}\n")
+    lines = [record.getMessage() for record in caplog.records]
+    assert lines[0] == "verifying: 0:00:01 so far"
+    assert len(lines) < 3, "and the time between them grows"
+
+
+def test_what_is_left_for_the_next_night_is_said() -> None:
+    done = dict.fromkeys(COUNTED, 0) | {"inputs": 3000, "embedded": 1200}
+    assert work_words(done).endswith("deleted of 3,000 pictures")
+    assert work_words(done | {"pending": 1800}).endswith("of 3,000 pictures; 1,800 are left for the next run")

@@ -15,9 +15,10 @@ from store_model import DIM, PHOTOS, SPACE, embed, item
 from store_model import run as store_run
 
 from pipeline.config import index_parser
-from pipeline.status import printable, status, writer
-from pipeline.store import Outcome, Store
+from pipeline.status import printable, status
+from pipeline.store import Outcome, Store, show_generation
 from pipeline.store.ledger import PAGE_ROWS, quarantine_ledger, take_stock
+from pipeline.writing import writer
 
 
 def look(out: Path, *args: str) -> Ran:
@@ -92,6 +93,18 @@ def test_what_is_tried_again_in_vain_is_no_news_and_no_generation(tmp_path: Path
         assert (committed.quarantined, committed.quarantined_new) == (2, 0)
         assert store.publish({"tower": "test"}, {}) == 1
     assert {entry.attempts for entry in quarantine_ledger(tmp_path)} == {2}
+
+
+def test_it_fits_every_width_and_says_what_readers_do_not_see_yet(tmp_path: Path) -> None:
+    out = tmp_path / ("a long name " * 12)
+    for number in range(2):
+        store_run(out, {f"{name}": b"%d" % name for name in range(3 + number)})
+    assert "is newer" not in look(out).stdout
+    show_generation(out, 1)
+    lines = look(out).stdout.splitlines()
+    show_it = f"python -m pipeline.generations --out '{out}' --show newest"
+    assert f"  generation 2 is newer, and not seen by readers; to show it: {show_it}" in lines
+    assert "folder /photos: 4 embedded, 0 pending, 0 quarantined, 0 deleted" in lines
 
 
 def test_a_look_while_a_run_writes_disturbs_nobody(tmp_path: Path) -> None:

@@ -29,21 +29,33 @@ from pipeline import duration
 from pipeline.config import Config, UsageError, parse_index, refusal
 from pipeline.exits import DAMAGED, DONE, FAILED, USAGE
 from pipeline.failures import FAILURES, exit_code, words
-from pipeline.index import Published, account, begin, index_source, leave_record, publish, write_record
+from pipeline.index import (
+    Indexed,
+    Published,
+    account,
+    begin,
+    index_source,
+    leave_record,
+    list_turn,
+    publish,
+    write_record,
+)
 from pipeline.nightly.config import Nightly, SourceTable, load
-from pipeline.nightly.result import SCHEMA, Tonight, Verified, failed, summary
+from pipeline.nightly.result import SCHEMA, Tonight, Verified, failed, summary, work_words
 from pipeline.nightly.tell import tell_all, write_log
+from pipeline.progress import LinePace, clock_time
 from pipeline.report.page import ReportError, write_report
 from pipeline.run_record import Clock
 from pipeline.run_reports import publishing_s, tell_unended, work_s
 from pipeline.sources.places import canonical_root
 from pipeline.stop import Stop
-from pipeline.store import Store, Turn
+from pipeline.store import Store, StoreError
 from pipeline.store.ledger import take_stock
+from pipeline.terminal import printable
 
 log = logging.getLogger("nightjar")
 
-VERIFY_POLL_S = 0.5
+VERIFY_POLL_S, VERIFY_LINE_S = 0.5, 10.0
 
 EXAMPLES = """examples:
   python -m pipeline.nightly --config /etc/nightjar/nightly.toml --check    is it right, and what would run?
@@ -82,10 +94,11 @@ def run_night(plan: Nightly, stop: Stop) -> dict[str, Any]:
             with open_store(ready) as store:
                 if not stop.requested and verified.exit != DAMAGED:
                     with clock.phase("publishing"):
-                        budget_s = plan.index.budget_s or math.inf
-                        turn = Turn(lambda: stop.requested or time.monotonic() >= start_s + budget_s, clock.phase)
+                        turn = list_turn(stop, start_s + (plan.index.budget_s or math.inf), clock)
                         published = publish(ready[0].config, store, turn)
                 settle(sources, published, verified, stop, clock)
+            if any(one.report and one.report.quarantined_new for one in ready):
+                log.info("what is quarantined and why: python -m pipeline.status --out %s", plan.index.out)
         except BaseException as error:
             for one in ready:
                 if one.indexed is not None and one.report is None:
@@ -107,7 +120,7 @@ def index_command(plan: Nightly, source: SourceTable) -> list[str]:
     words += ["--precision", index.precision, "--max-deleted", f"{index.max_deleted:g}", "--keep", str(index.keep)]
     words += ["--max-quarantined", str(index.max_quarantined)] if index.max_quarantined is not None else []
     words += ["--retry", ",".join(index.retry)] if index.retry else []
-    return [*words, "--json"]
+    return words
 
 
 def open_store(ready: Sequence[Tonight]) -> Store:
@@ -128,7 +141,8 @@ def index_in_turn(ready: Sequence[Tonight], store: Store, stop: Stop, deadline_s
             return
         now_s = time.monotonic()
         stop.deadline_s = now_s + (deadline_s - now_s) / (len(order) - place)
-        log.info("source %s", one.name)
+        until = "" if deadline_s == math.inf else f", {clock_time(stop.deadline_s - now_s)} for it"
+        log.info("source %d of %d: %s%s", place + 1, len(order), printable(one.name), until)
         try:
             one.indexed = begin(one.config, store)
             if place == 0:
@@ -136,6 +150,17 @@ def index_in_turn(ready: Sequence[Tonight], store: Store, stop: Stop, deadline_s
             index_source(one.config, store, stop, one.indexed)
         except FAILURES as error:
             one.fail(error)
+        else:
+            log.info("source %d of %d: %s", place + 1, len(order), _work_words(one.indexed))
+
+
+def _work_words(indexed: Indexed) -> str:
+    counts, totals = indexed.counts, indexed.totals
+    return work_words({
+        "inputs": counts.embedded + counts.quarantined + counts.pending, "embedded": totals.embedded,
+        "copied": totals.copied, "quarantined_new": totals.quarantined_new, "deleted": indexed.deleted,
+        "pending": counts.pending,
+    })  # fmt: skip
 
 
 def pending_of(index: Path) -> dict[tuple[str, ...], int]:
@@ -153,33 +178,45 @@ def verify(plan: Nightly, sources: Sequence[Tonight], stop: Stop) -> Verified:
     """In a process of its own: it decodes pictures, and a decoder that dies must not take the night with it."""
     if plan.verify.level == "off" or stop.requested:
         return Verified()
+    log.info("verifying: %s", plan.verify.level)
     seed = max((one.indexed.run for one in sources if one.indexed), default=0)  # other pictures every night
     code, stdout = _wait([sys.executable, *verify_command(plan, seed)], stop)
     verdict = json.loads(stdout.strip().splitlines()[-1]) if code in (DONE, DAMAGED, USAGE) else {}
     if "findings" not in verdict:
+        words = f"the index could not be verified (exit code {code}); it is published all the same"
         if not stop.requested:
-            log.error("the index could not be verified (exit code %d); it is published all the same", code)
-        return Verified(code if code > 0 else FAILED)
+            log.error("%s", words)
+        return Verified(code if code > 0 else FAILED, words=words)
+    log.info(
+        "verified: %s vectors read, %s pictures embedded again, %d findings, %s", f"{verdict['vectors']:,}",
+        f"{(verdict['sample'] or {}).get('compared', 0):,}", len(verdict["findings"]), clock_time(verdict["seconds"]),
+    )  # fmt: skip
+    words = ""
     if code == DAMAGED:
         full = "full " if any(finding["what"] == "vector" for finding in verdict["findings"]) else ""
-        log.error(
-            "damage was found, so readers still see the last generation: python -m pipeline.verify %s--repair --out %s",
-            full, plan.index.out,
-        )  # fmt: skip
+        repair = f"python -m pipeline.verify {full}--repair --out {plan.index.out}"
+        words = f"damage was found, so readers still see the last generation: {repair}"
+        log.error("%s", words)
     if code == USAGE:
-        log.warning("%s; it is published all the same", verdict["unchecked"])
+        unchecked = f"{verdict['unchecked']}; it is published all the same"
+        log.warning("%s", unchecked)
         if any(one.error for one in sources):  # told by those sources already, with their own exit codes
             code = DONE
-    return Verified(code, verdict)
+        else:
+            words = unchecked
+    return Verified(code, verdict, words)
 
 
 def _wait(command: Sequence[str], stop: Stop) -> tuple[int, str]:
     """Exit code and output; a night that is told to end does not wait."""
+    pace = LinePace(VERIFY_LINE_S)
     with subprocess.Popen(command, stdout=subprocess.PIPE, text=True) as child:
         while True:
             try:
                 stdout, _ = child.communicate(timeout=VERIFY_POLL_S)
             except subprocess.TimeoutExpired:
+                if pace.due():
+                    log.info("verifying: %s so far", pace.so_far())
                 if stop.requested:
                     child.terminate()
             else:
@@ -207,15 +244,24 @@ def settle(sources: Sequence[Tonight], published: Published, verified: Verified,
             report = replace(report, exit=one.exit if one.error else DAMAGED)
         one.report, one.exit = report, report.exit
         others = [f"{other.name}: {other.error}" for other in sources if other.error and other is not one]
-        write_record(one.config, one.indexed, report, error=one.error, also_failed=others)
+        try:
+            write_record(one.config, one.indexed, report, error=one.error, also_failed=others)
+        except StoreError as error:  # what this night has done and found is told all the same
+            if one.error:
+                log.error("run %d leaves no record: %s", one.indexed.run, error)
+            else:
+                one.fail(error)
+                one.report = replace(report, exit=one.exit)
 
 
 def write_pages(index: Path, ready: Sequence[Tonight]) -> None:
     for one in ready:
-        if one.indexed is not None:
+        if one.indexed is not None and (index / "runs" / f"{one.indexed.run}.json").is_file():
             try:
                 log.info("page %s", write_report(index, one.indexed.run))
-            except (ReportError, *FAILURES) as error:
+            except ReportError as error:
+                log.error("no page of run %d: %s", one.indexed.run, error)
+            except FAILURES as error:
                 log.error("no page of run %d: %s", one.indexed.run, words(error))
             except Exception:  # a page is made of whatever pictures hold, and no night fails for it
                 log.exception("no page of run %d", one.indexed.run)

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import logging
 from collections import Counter
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass
 from typing import Any
 
@@ -67,6 +67,7 @@ class Verified:
 
     exit: int = DONE
     verdict: dict[str, Any] | None = None  # the JSON of pipeline.verify; None: not asked for, or it did not come to one
+    words: str = ""  # why the exit code is what it is
 
 
 def summary(
@@ -81,12 +82,14 @@ def summary(
         bound_s.update(one.indexed.totals.bound_s if one.indexed else {})
     codes = {verified.exit, *(one.exit for one in sources), INTERRUPTED if interrupted else DONE}
     errors = [f"{one.name}: {one.error}" for one in sources if one.error]
+    errors += [
+        f"{one.name}: more newly quarantined, or not listed, than max_quarantined = {plan.index.max_quarantined:,}"
+        for one in sources
+        if one.exit == MANY_QUARANTINED
+    ]
     parts = [part for report in reports for part in report.unlisted.examples]
     unlisted = asdict(Unlisted(sum(report.unlisted.count for report in reports), parts[:UNLISTED_SHOWN]))
-    done = (
-        f"{sums['embedded']:,} embedded, {sums['copied']:,} copied, {sums['quarantined_new']:,} newly quarantined, "
-        f"{sums['deleted']:,} deleted of {sums['inputs']:,} pictures"
-    )
+    told = [work_words(sums), unlisted_words(unlisted), *errors, "" if interrupted else verified.words]
     return {
         "schema": SCHEMA,
         **sums,
@@ -108,9 +111,18 @@ def summary(
             | {"error": one.error, "exit": one.exit}
             for one in sources
         ],
-        "words": "; ".join(filter(None, [done, unlisted_words(unlisted), *errors])),
+        "words": "; ".join(filter(None, told)),
         "exit": next((code for code in GRAVEST if code in codes), FAILED),
     }
+
+
+def work_words(done: Mapping[str, int]) -> str:
+    """Of one source or all of them; what `COUNTED` names."""
+    left = f"; {done['pending']:,} are left for the next run" if done["pending"] else ""
+    return (
+        f"{done['embedded']:,} embedded, {done['copied']:,} copied, {done['quarantined_new']:,} newly quarantined, "
+        f"{done['deleted']:,} deleted of {done['inputs']:,} pictures{left}"
+    )
 
 
 def failed(plan: Nightly, error: Exception, code: int, seconds: float) -> dict[str, Any]:

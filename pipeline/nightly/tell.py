@@ -54,7 +54,7 @@ def tell_all(plan: Nightly, night: Mapping[str, Any]) -> None:
         try:
             write_night(plan.index.out, night)
         except OSError as error:
-            log.error("nothing of this night for pipeline.status: %s", error)
+            log.error("nothing of this night for pipeline.status in %s: %s", plan.index.out / "runs", error.strerror)
     if plan.report.metrics is not None:
         try:
             write_metrics(plan.report.metrics, night)

@@ -194,7 +194,12 @@ def main(argv: Sequence[str] | None = None) -> int:
         index = args.out or only_index_here()
         numbers = run_numbers(index)
         if args.run is None and not numbers:
-            raise ReportError(f"no run in {index}; make one: python -m pipeline.index --out {index} ...")
+            begun = (index / "manifest.sqlite").exists()
+            raise ReportError(
+                f"no run into {index} has ended yet; python -m pipeline.status --out {index} says how far it is"
+                if begun
+                else f"no run in {index}; make one: python -m pipeline.index --out {index} ..."
+            )
         with reader_may_leave():
             print(write_report(index, numbers[-1] if args.run is None else args.run))
     except (UsageError, ReportError) as error:

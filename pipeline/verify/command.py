@@ -22,9 +22,7 @@ from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
 
-from rich.console import Console
-from rich.table import Table
-from rich.text import Text
+from rich.table import Column
 
 from engines import EngineUnavailable
 from engines.spec import ArtifactMissing, ModelSpec, find_artifact
@@ -40,8 +38,9 @@ from pipeline.store.check_shown import check_generations
 from pipeline.store.drop import drop_broken
 from pipeline.store.manifest import RESTORE, SCHEMA_VERSION, ManifestDamaged, connect, other_schema
 from pipeline.store.store import refuse_lost_manifest
-from pipeline.terminal import printable, reader_may_leave
+from pipeline.terminal import print_table, printable, reader_may_leave
 from pipeline.verify.config import VerifyConfig, parse
+from pipeline.verify.copies import check_copies
 from pipeline.verify.reembed import Comparison, compare_on
 from pipeline.verify.repair import Dropped, RepairFailed, artifact_of, embed_again, locked
 from pipeline.verify.sample import Space, draw, open_sources
@@ -50,6 +49,7 @@ log = logging.getLogger("nightjar")
 
 SCHEMA = 1
 SHARE_MIN = 0.5
+COLUMNS = [Column(name, overflow="fold") for name in ("what", "where", "expected", "found", "remedy")]
 REEMBED = "python -m pipeline.verify full --repair finds all of its kind and embeds them again"
 
 
@@ -93,6 +93,7 @@ def check(cfg: VerifyConfig) -> tuple[Health, Comparison | None, list[Dropped]]:
                 raise sqlite3.DatabaseError("; ".join(faults))
             check_generations(cfg.out, db, check_data(cfg.out, db, health), health)
             check_spec(cfg.out, health)
+            check_copies(cfg.out, health)
             if cfg.level != "quick":
                 sample = embed_and_compare(cfg, db, health)
             if cfg.repair and health.findings:
@@ -202,10 +203,10 @@ def unchecked(sample: Comparison | None) -> str:
     if sample is None or sample.share >= SHARE_MIN:
         return ""
     return (
-        f"the vectors could not be checked: {sample.compared:,} of {sample.rows:,} pictures could be compared, "
-        f"{sample.changed:,} have changed, {sample.unreadable:,} cannot be read, {sample.away:,} more are of sources "
-        f"that are not there; expected {SHARE_MIN:.0%} of all at least. Mount the sources, index what has changed, "
-        "and verify again"
+        f"too little could be checked to speak for all vectors: {sample.compared:,} of {sample.rows:,} pictures could "
+        f"be compared, {sample.changed:,} have changed, {sample.unreadable:,} cannot be read, {sample.away:,} more are "
+        f"of sources that are not there; expected {SHARE_MIN:.0%} of all at least. Mount the sources, index what has "
+        "changed, and verify again"
     )
 
 
@@ -232,15 +233,10 @@ def summary(cfg: VerifyConfig, verdict: Verdict) -> dict[str, Any]:
 
 
 def show(cfg: VerifyConfig, verdict: Verdict) -> None:
-    health, sample, console = verdict.health, verdict.sample, Console()
-    if health.findings and console.is_terminal:
-        table = Table("what", "where", "expected", "found", "remedy")
-        for one in health.findings:
-            cells = (one.what, one.where, one.expected, one.found, one.remedy)
-            table.add_row(*(Text(printable(cell)) for cell in cells))
-        console.print(table)
-    else:
-        report(health.findings)
+    health, sample = verdict.health, verdict.sample
+    if health.findings:
+        rows = [(one.what, one.where, one.expected, one.found, one.remedy) for one in health.findings]
+        print_table(COLUMNS, rows)
     shown = "nothing published" if health.generation is None else f"generation {health.generation}"
     print(
         f"{printable(str(cfg.out))}: {shown}, {health.files} files of "
@@ -268,8 +264,6 @@ def main(argv: list[str] | None = None) -> int:
     try:
         cfg = parse(argv)
         as_json = cfg.json
-        if cfg.json:
-            logging.getLogger().setLevel(logging.WARNING)
         verdict = verify(cfg)
     except (UsageError, NoIndex, SourceError, ArtifactMissing, EngineUnavailable, DeviceUnavailable) as error:
         return _fail(USAGE, error, as_json)

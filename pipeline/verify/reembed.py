@@ -11,7 +11,6 @@ from __future__ import annotations
 import logging
 import multiprocessing
 import os
-import time
 from collections import deque
 from collections.abc import Iterator
 from concurrent.futures import ProcessPoolExecutor, ThreadPoolExecutor
@@ -29,6 +28,7 @@ from engines.spec import EngineCard, Precision
 from pipeline.batch import BadImage, Batch, DeviceUnavailable
 from pipeline.devices import Devices, EngineWish, lane_specs, open_lane_engine, open_stages
 from pipeline.lanes import ENGINE_SLOTS_MAX, Board, see_only
+from pipeline.progress import LinePace
 from pipeline.run_record import versions
 from pipeline.run_reports import read_report
 from pipeline.store import content_hash
@@ -44,7 +44,6 @@ STORED_ERROR = 0.01  # float16 keeps 11 bits: in units of the spread of a set of
 ROW_FACTOR = 3.0
 READ_THREADS = 8
 GROUP_ROWS = 4096  # whose keys, places and vectors are held at once
-LINE_S = 10.0  # between two lines of progress
 DECODERS = ("nightjar", "numpy", "pillow", "pillow-heif", "simplejpeg")  # packages that make pixels of bytes
 
 
@@ -131,7 +130,7 @@ def compare(
             len(drawn.ids), drawn.away, drawn.there, f"{engine.card.runtime} {engine.card.precision}", allowed,
             ROW_FACTOR * allowed,
         )  # fmt: skip
-        unit, errors, line_s = spread(golden(artifact, "vision")[1]), 0.0, time.monotonic()
+        unit, errors, pace = spread(golden(artifact, "vision")[1]), 0.0, LinePace()
         files = read_files(db, space)
         same = _same_engine(index, files, engine.card) if spec.kind == "cpu" else set()
         for first in range(0, found.rows, GROUP_ROWS):
@@ -140,9 +139,9 @@ def compare(
             batches = _batches(group, sources, engine.card.batch, pool, found)
             for batch in _embed(engine, stages, batches):
                 errors += _judge(group, batch, unit, found)
-                if time.monotonic() - line_s >= LINE_S:
-                    line_s = time.monotonic()
-                    log.info("embedded again: %s of %s rows", f"{first + int(batch.ids.max()):,}", f"{found.rows:,}")
+                if pace.due():
+                    done = first + int(batch.ids.max()) + 1
+                    log.info("embedded again: %s of %s rows", f"{done:,}", f"{found.rows:,}")
         stages.close()
     found.error = errors / max(1, found.compared - len(found.off))
     return found

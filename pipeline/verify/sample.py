@@ -61,7 +61,7 @@ def open_sources(db: sqlite3.Connection) -> Sources:
         try:
             sources[number] = open_source(kind, root, split=json.loads(options).get("split"))
         except SourceError as error:
-            log.warning("its pictures are not embedded again: %s", error)
+            log.warning("a source is not there, so its pictures are not embedded again: %s", error)
     return sources
 
 
