@@ -56,7 +56,7 @@ $(VENV)/.bench: $(VENV)/.done
 	$(VENV)/bin/pip install --quiet --disable-pip-version-check $(PINS) --editable '.[bench]'
 	@touch $@
 
-# Parts end by themselves at their limits: 24 minutes on a quiet host, engines built and peers installed before.
+# Parts end by themselves at their limits, 37 minutes in all, engines built and peers installed before.
 BENCH = $(RUN) -m pipeline.bench
 bench: setup $(VENV)/.bench  ## the figures of docs/benchmarks on this host: PICTURES=folder-of-jpegs MODEL=folder [OUT=...]
 	for model in $(MODEL) export/demo; do \

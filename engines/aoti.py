@@ -99,19 +99,18 @@ class AotiCpuEngine:
     5 % on an idle machine and a third of the speed beside other work. Bits depend on neither number.
     """
 
-    def __init__(
-        self, card_path: Path, card: EngineCard, threads: int, batch: int | None, slots: int = 3, team: int = 1
-    ) -> None:
+    slots = 3  # two batches with the workers, one that is being filled
+
+    def __init__(self, card_path: Path, card: EngineCard, threads: int, batch: int | None, team: int = 1) -> None:
         self._torch, self._model = open_libtorch(), _load(card_path.parent / card.file)
         self._team, self._run_rows, workers = team, card.compiled_rows, max(1, threads // team)
         batch = batch or card.compiled_rows * RUNS_PER_WORKER * workers
         buffer_rows = -(-batch // card.compiled_rows) * card.compiled_rows
         self.card = replace(card, batch=batch, threads=threads)
-        self.slots = slots
-        self._inputs = [np.zeros((buffer_rows, *card.row_shape), card.input_dtype) for _ in range(slots)]
-        self._outputs = [np.zeros((buffer_rows, card.dim), np.float32) for _ in range(slots)]
-        self._rows = [0] * slots
-        self._runs: list[list[Future[None]]] = [[] for _ in range(slots)]
+        self._inputs = [np.zeros((buffer_rows, *card.row_shape), card.input_dtype) for _ in range(self.slots)]
+        self._outputs = [np.zeros((buffer_rows, card.dim), np.float32) for _ in range(self.slots)]
+        self._rows = [0] * self.slots
+        self._runs: list[list[Future[None]]] = [[] for _ in range(self.slots)]
         self._container = c_void_p()
         create = self._model.AOTInductorModelContainerCreateWithDevice
         self._checked(create(byref(self._container), c_size_t(workers), b"cpu", None))  # one copy of the weights

@@ -146,15 +146,16 @@ def spread(golden_nd: npt.NDArray[Any]) -> float:
     return found
 
 
-def top_overlap(got_nd: npt.NDArray[np.float32], want_nd: npt.NDArray[np.float32], k: int = OVERLAP_K) -> float:
-    """Share of the true `k` nearest rows of every golden row that are still found among the engine's vectors."""
-    if len(want_nd) < 2 * k:
-        raise ValueError(f"golden set: top-{k} overlap needs at least {2 * k} rows, there are {len(want_nd)}")
+def top_overlap(got_nd: npt.NDArray[np.float32], want_nd: npt.NDArray[np.float32]) -> float:
+    """Share of the true nearest nine of every golden row that are still found among the engine's vectors."""
+    if len(want_nd) < 2 * OVERLAP_K:
+        words = f"top-{OVERLAP_K} overlap needs at least {2 * OVERLAP_K} rows, there are {len(want_nd)}"
+        raise ValueError(f"golden set: {words}")
 
     def nearest(candidates_nd: npt.NDArray[np.float32]) -> npt.NDArray[np.intp]:
         scores = want_nd @ candidates_nd.T
         np.fill_diagonal(scores, -np.inf)  # a row finds itself in any case
-        return np.argpartition(-scores, k, axis=1)[:, :k]
+        return np.argpartition(-scores, OVERLAP_K, axis=1)[:, :OVERLAP_K]
 
     pairs = zip(nearest(got_nd), nearest(want_nd), strict=True)
-    return float(np.mean([len(np.intersect1d(got, want)) / k for got, want in pairs]))
+    return float(np.mean([len(np.intersect1d(got, want)) / OVERLAP_K for got, want in pairs]))

@@ -31,6 +31,7 @@ BF16_FLAGS = ("amx_bf16", "avx512_bf16")
 INT8_FLAGS = ("amx_int8", "avx512_vnni", "avx_vnni")
 GEMM_SIZE = 1536  # large enough for full speed, small enough (30 to 60 ms on 2 cores) to take turns with an engine
 CPU_INFO = Path("/proc/cpuinfo")
+CGROUPS, MY_CGROUPS = Path("/sys/fs/cgroup"), Path("/proc/self/cgroup")
 
 
 @lru_cache(maxsize=1)
@@ -84,16 +85,25 @@ def _core(cpu: int) -> tuple[str, str]:
     return (topology / "physical_package_id").read_text().strip(), (topology / "core_id").read_text().strip()
 
 
+def cgroup_files(name: str) -> list[Path]:
+    """`name` in the control group of this process and in all above it: each of them limits it.
+
+    In a container the group itself is mounted at the root. A systemd unit sees its whole host there and lies deeper.
+    """
+    lines = MY_CGROUPS.read_text().splitlines() if MY_CGROUPS.is_file() else []
+    controller, _, file = name.rpartition("/")  # cgroup v1 has a tree for each, v2 one without a name
+    mine = next((line.split(":", 2)[2] for line in lines if controller in line.split(":", 2)[1].split(",")), "/")
+    home = CGROUPS / controller / mine.lstrip("/")
+    homes = [folder for folder in (home, *home.parents) if folder.is_relative_to(CGROUPS / controller)]
+    return [folder / file for folder in homes if (folder / file).is_file()]
+
+
 def _cgroup_cpus() -> float:
     """CPUs the quota allows; infinite where none is set (cgroup v2, then v1)."""
-    v2, v1 = Path("/sys/fs/cgroup/cpu.max"), Path("/sys/fs/cgroup/cpu")
-    if v2.is_file():
-        quota, period = v2.read_text().split()
-    elif (v1 / "cpu.cfs_quota_us").is_file():
-        quota, period = ((v1 / f"cpu.cfs_{name}_us").read_text().strip() for name in ("quota", "period"))
-    else:
-        return math.inf
-    return math.inf if quota in ("max", "-1") else int(quota) / int(period)
+    quotas = [path.read_text().split() for path in cgroup_files("cpu.max")]
+    for path in cgroup_files("cpu/cpu.cfs_quota_us"):
+        quotas.append([path.read_text().strip(), path.with_name("cpu.cfs_period_us").read_text().strip()])
+    return min((int(quota) / int(period) for quota, period in quotas if quota not in ("max", "-1")), default=math.inf)
 
 
 def cxx_compiler() -> str | None:

@@ -61,15 +61,16 @@ class BoundSession:
 class OrtCpuEngine:
     """One session, `slots` pairs of bound buffers. Graphs with a dynamic batch take any `batch` at open."""
 
-    def __init__(self, card_path: Path, card: EngineCard, threads: int, batch: int | None, slots: int = 3) -> None:
+    slots = 3  # two batches in the encoder's hands, one that is being filled
+
+    def __init__(self, card_path: Path, card: EngineCard, threads: int, batch: int | None) -> None:
         batch = batch or card.batch
         session = open_session(card_path.parent / card.file, CPU_PROVIDER, _cpu_options(threads))
         _expect_batch(session, card, batch)
         self.card = replace(card, batch=batch, threads=threads)
-        self.slots = slots
-        self._inputs = [np.zeros((batch, *card.row_shape), card.input_dtype) for _ in range(slots)]
-        self._outputs = [np.zeros((batch, card.dim), np.float32) for _ in range(slots)]
-        self._rows = [0] * slots
+        self._inputs = [np.zeros((batch, *card.row_shape), card.input_dtype) for _ in range(self.slots)]
+        self._outputs = [np.zeros((batch, card.dim), np.float32) for _ in range(self.slots)]
+        self._rows = [0] * self.slots
         inputs, outputs = map(Buffer.of, self._inputs), map(Buffer.of, self._outputs)
         self._bound = BoundSession(session, card, "cpu", list(inputs), list(outputs))
 

@@ -14,7 +14,7 @@ from typing import Any
 import psutil
 
 from engines import Choice, Device
-from engines.hardware import host_id, physical_cores
+from engines.hardware import cgroup_files, host_id, physical_cores
 from engines.spec import EngineCard
 
 SCHEMA = 1
@@ -25,7 +25,7 @@ LEAD_BATCHES = {"cpu": 2, "gpu": 8}
 HARDWARE_SHARE = 0.65  # see pipeline.decode_gpu; NVIDIA's DALI uses this value
 OTHERS_MAX = 0.1  # of the CPU time: a search beside more than that found a good setting by luck
 MEMORY_TOLERANCE = 0.05  # the same virtual machine reports a little more or less after each start
-CGROUP_LIMITS = (Path("/sys/fs/cgroup/memory.max"), Path("/sys/fs/cgroup/memory/memory.limit_in_bytes"))
+CGROUP_LIMITS = ("memory.max", "memory/memory.limit_in_bytes")  # of cgroup v2, v1
 # Of one lane in RAM: weights as mapped and as the engine holds them, its input buffers, and all the rest.
 WEIGHT_COPIES, INPUT_BUFFERS, REST_BYTES = 2, 3, 200 << 20
 
@@ -68,8 +68,8 @@ def lane_bytes(card: EngineCard, batch: int | None) -> int:
 
 
 def memory_limit_bytes() -> int:
-    """Of this host, or of the container this process is in."""
-    limits = [path.read_text().strip() for path in CGROUP_LIMITS if path.is_file()]
+    """Of this host, or of the container or unit this process is in."""
+    limits = [path.read_text().strip() for name in CGROUP_LIMITS for path in cgroup_files(name)]
     return min([psutil.virtual_memory().total, *(int(limit) for limit in limits if limit.isdigit())])
 
 
@@ -133,7 +133,8 @@ def tuned_for(choice: Choice, devices: tuple[str, ...]) -> tuple[Tuned | None, s
         return None, f"{path} is none of this version ({error}): run python -m pipeline.tune again"
     if why := tuned.refusal(choice.card, devices):
         return None, f"{path} does not hold any more: {why}; run python -m pipeline.tune again"
-    words = f"tuned {tuned.date}: {tuned.rows_per_s:.1f} images/s, {tuned.default_rows_per_s:.1f} by default"
+    words = f"tuned {tuned.date} on {tuned.pictures}: {tuned.rows_per_s:.1f} images/s, {tuned.default_rows_per_s:.1f}"
+    words += " by default"
     if tuned.others > OTHERS_MAX:
         words += f", beside others that took up to {100 * tuned.others:.0f} % of the CPU"
     return tuned, words

@@ -9,8 +9,10 @@ import os
 import subprocess
 import sys
 import time
+from dataclasses import replace
 from pathlib import Path
-from typing import Any
+from types import SimpleNamespace
+from typing import Any, cast
 
 import numpy as np
 import psutil
@@ -18,9 +20,9 @@ import pytest
 from pictures import noisy_jpeg
 from runs import run_module
 
-from engines.spec import Preprocess, find_artifact
+from engines.spec import Artifact, Preprocess, find_artifact
 from pipeline.batch import BadImage
-from pipeline.bench import encoders, figures, ladder, rungs
+from pipeline.bench import encoders, figures, ladder, peers, roofline, rungs, store
 from pipeline.bench.energy import joules_between, read_energy
 from pipeline.bench.pictures import Corpus, dirty_copies
 from pipeline.bench.processes import ChildFailed, Limit, OutOfTime, run_measured
@@ -115,21 +117,61 @@ def test_every_rung_has_a_name_of_its_own_and_a_reason_where_it_cannot_run(tiny_
     assert all(rung.images or rung.absent for rung in table)
 
 
+def test_rungs_of_a_gpu_appear_where_one_is(tiny_model: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(rungs, "gpu_trouble", lambda: "")
+    table = rungs.rungs(find_artifact(str(tiny_model)), cores=2, images=8)
+    there = {rung.name for rung in table if "gpu" in rung.device and not rung.absent}
+    assert there == {"hf static cpu+gpu", "hf dynamic cpu+gpu", "hf one by one, gpu", "hf batches of 32, gpu"}
+    (ours,) = [rung for rung in table if rung.device == "gpu" and rung.runner == "index"]
+    assert ours.absent == "not built: make engines LANE=gpu-cu13"
+
+
+def test_our_rungs_climb_one_change_at_a_time_whatever_the_cards_say(tiny_model: Path) -> None:
+    """A compiled engine that looked slow when it was built stands before its int8 all the same."""
+    artifact = find_artifact(str(tiny_model))
+    (fp32,) = [card for _, card in artifact.cards() if card.tower == "vision"]
+    cards = [
+        replace(fp32, runtime="aoti-cpu", precision="int8", rows_per_s=20.0),
+        replace(fp32, runtime="aoti-cpu", rows_per_s=30.0),
+        replace(fp32, rows_per_s=5.0, batch=100),
+    ]
+    artifact = cast(Artifact, SimpleNamespace(cards=lambda: [(Path(), card) for card in cards]))
+    ours = [rung for rung in rungs._indexes(artifact, images=48) if not rung.absent]
+    assert [rung.change for rung in ours] == [
+        "our pipeline, ort-cpu fp32", "aoti-cpu instead of ort-cpu", "int8 instead of fp32"
+    ]  # fmt: skip
+    assert ours[0].images == 100 * rungs.BATCHES_MIN
+
+
+def test_parallel_rungs_of_the_study_score_every_picture_once(tiny_model: Path, photos: Path, tmp_path: Path) -> None:
+    """Two producers and two models; seven pictures in batches of three, of which the last is short."""
+    run: dict[str, Any] = {"model": str(tiny_model), "pictures": str(photos), "images": 7}
+    parallel: dict[str, Any] = {"producers": 2, "devices": ["cpu", "cpu"]}
+    found: list[ladder.Vectors] = []
+    for change in ({}, {**parallel, "sharing": "static"}, {**parallel, "sharing": "dynamic"}):
+        out = tmp_path / f"{len(found)}.npz"
+        config = {**change, "batch": 3, "runs": [{**run, "out": str(out)}]}
+        done = run_measured([sys.executable, ROOT / "docs/benchmarks/seed.py", json.dumps(config)], Limit(300))
+        assert done.result[0]["images"] == 7
+        found.append(ladder._npz(out, images=7, batch=3))
+        assert (found[-1].lost, found[-1].twice) == (0, 0)
+        np.testing.assert_allclose(found[-1].emb_nd, found[0].emb_nd, atol=1e-6)
+
+
 def test_two_rungs_of_a_tiny_model_agree_and_leave_all_files(
     tiny_model: Path, photos: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """Hugging Face one by one against `pipeline.index`, then files as `bench ladder` writes them."""
     config = {"--runtime": "ort-cpu", "--precision": "fp32", "--devices": "cpu"}
     pair = [
-        Rung("hf one by one", "", "5", 16, config={"batch": 1, "threads": 1}, core=True),
-        Rung("nightjar", "", "10", 16, "index", config, core=True),
+        Rung("hf one by one", "", "5", 20, config={"batch": 1, "threads": 1}, core=True),
+        Rung("nightjar", "", "10", 28, "index", config, core=True),
         Rung("nightjar gpu", "", "10", 0, "index", absent="no GPU"),
     ]
     monkeypatch.setattr(ladder, "rungs", lambda *_: pair)
     monkeypatch.setattr(ladder, "ANSWER_PICTURES", 20)
-    monkeypatch.setattr(ladder, "DISTINCT", 8)
     monkeypatch.chdir(ROOT)
-    tables = list(ladder.ladder(photos, str(tiny_model), str(tiny_model), 16, 1, Limit(300), tmp_path))
+    tables = list(ladder.ladder(photos, str(tiny_model), str(tiny_model), 20, 1, Limit(300), tmp_path))
     first, ours, gpu = tables[-1]
     assert gpu["skipped"] == "no GPU"
     for one in (first, ours):
@@ -157,6 +199,30 @@ def test_two_rungs_of_a_tiny_model_agree_and_leave_all_files(
     text = (tmp_path / "ladder.md").read_text()
     assert "26.57" in text  # published, beside ours
     assert ("figure-10.png" in text) == (importlib.util.find_spec("matplotlib") is not None)
+
+
+def lossless(lost: int) -> Any:
+    """In place of `Climb._seed` and `_index`: two pictures, of which so many are lost."""
+    vectors = ladder.Vectors(np.eye(2, dtype=np.float32)[lost:], lost, 0)
+    return lambda *_: (ladder.Ran(vectors, 1.0, 1.0, {"forward": 1.0}), None, 1.0, None)
+
+
+@pytest.mark.parametrize("reason", ["no transformers here", "the reference lost 1 pictures"])
+def test_without_the_first_rung_nothing_else_is_called_right(
+    tiny_model: Path, photos: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, reason: str
+) -> None:
+    def dies(*_: Any) -> None:
+        raise ChildFailed(reason)
+
+    pair = [Rung("hf", "", "5", 2, core=True), Rung("ours", "", "10", 2, "index")]
+    monkeypatch.setattr(ladder, "rungs", lambda *_: pair)
+    monkeypatch.setattr(ladder, "Answers", lambda *_: None)
+    monkeypatch.setattr(ladder.Climb, "_seed", lossless(1) if "lost" in reason else dies)
+    monkeypatch.setattr(ladder.Climb, "_index", lossless(0))
+    *_, (first, ours) = ladder.ladder(photos, str(tiny_model), str(tiny_model), 2, 1, Limit(60), tmp_path)
+    assert first["skipped"].startswith(f"failed: {reason}")
+    assert ours["skipped"] == "nothing to compare with: hf did not run"
+    assert figures.failed({"rungs": [first, ours]}) == ["hf"]
 
 
 def test_an_index_that_lacks_a_picture_or_computed_one_twice_is_seen(tmp_path: Path) -> None:
@@ -252,15 +318,82 @@ def test_the_pipeline_with_nothing_in_its_lane_counts_every_image(tiny_model: Pa
 
 def test_text_towers_are_timed_by_batch(tiny_model: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(encoders, "TEXT_BATCHES", (1, 4))
-    monkeypatch.setattr(encoders, "_transformers", lambda *_: [{"runtime": "transformers", "texts encoded": 1.0}])
+    monkeypatch.setattr(encoders, "_transformers", transformers)
     monkeypatch.setattr(encoders.encoded_per_s, "__defaults__", (0.05,))
     *_, whole = encoders.text(str(tiny_model), Limit(60))
-    assert [one.get("batch") for one in whole["sequences"]] == [1, 4, None]
+    assert [(one["runtime"], one["batch"]) for one in whole["sequences"]] == [
+        ("ort-cpu", 1), ("transformers", 1), ("ort-cpu", 4), ("transformers", 4)
+    ]  # fmt: skip
     assert all(one["texts encoded"] > 0 for one in whole["sequences"])
     assert whole["published sequences"]["uform"] == 6809
+
+
+def transformers(model: str, pictures: str, limit: Limit, batch: int) -> list[tuple[encoders.Who, dict[str, float]]]:
+    return [(encoders.Who("transformers", "fp32", "cpu", batch), {"texts encoded": 1.0, "images encoded": 2.0})]
+
+
+def test_encoders_take_turns_and_what_each_does_stands_in_its_own_row(
+    tiny_model: Path, photos: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    rates = iter([5.0, 7.0, 1.0, 2.0, 3.0, 30.0])  # a slow round and a fast one beside the true one
+    monkeypatch.setattr(encoders, "_transformers", transformers)
+    monkeypatch.setattr(encoders, "encoded_per_s", lambda engine: next(rates))
+    for name in ("images_per_s", "texts_per_s"):
+        monkeypatch.setattr(encoders, name, lambda *_: 100.0)
+    *_, whole = encoders.encoders(str(tiny_model), photos, 3, Limit(60))
+    stages, engines, theirs = whole["rates"]  # both towers of this model have the same batch, so one row
+    assert "images encoded" not in stages
+    assert stages["images preprocessed"] == stages["texts preprocessed"] == 100
+    assert (engines["images encoded"], engines["texts encoded"]) == (3.0, 7.0)
+    assert "images preprocessed" not in engines
+    assert (theirs["runtime"], theirs["images encoded"]) == ("transformers", 2.0)
+
+    *_, cut = encoders.encoders(str(tiny_model), photos, 3, Limit(0))
+    assert (cut["rates"], cut["note"]) == ([], "not reached within the limit of 0 s")
+
+
+def test_a_share_of_the_roofline_is_that_of_the_numbers_beside_it() -> None:
+    row = roofline._row("hash", "MB/s", [(50.0, 100.0), (200.0, 210.0), (90.0, 100.0)])
+    assert row == {"stage": "hash", "unit": "MB/s", "reached": 90.0, "peak": 100.0, "share": 0.9}
+
+
+def test_the_store_is_timed_step_by_step() -> None:
+    found = store.store(4096, 8, rounds=1)["median_rows_per_s"]
+    assert set(found) == {"listing", "shards", "commit", "all"}
+    assert 0 < found["all"] < min(found["listing"], found["shards"], found["commit"])
+
+
+def test_a_peer_that_hangs_on_dirty_pictures_takes_nobody_s_time(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    (tmp_path / "a.jpg").touch()
+    monkeypatch.setattr(peers, "DIRTY_S", 1.0)
+    monkeypatch.setattr(peers, "PEERS", tmp_path / "sleeps.py")
+    (tmp_path / "sleeps.py").write_text("import time; time.sleep(60)")
+    peer, limit = peers.Peer("hangs", 1, ()), Limit(300)
+    row = peers._dirty(peer, Path(sys.executable), tmp_path, {"a.jpg"}, "model", tmp_path, limit)
+    assert row["died"] == "had not come to an end after 1 s"
+    assert limit.left_s > 250
+    row = peers._dirty(peer, Path(sys.executable), tmp_path, {"a.jpg"}, "model", tmp_path, Limit(0))
+    assert row["died"] == "not measured within the limit of 0 s"
+
+
+def test_peers_go_on_with_their_fastest_mode(tiny_model: Path) -> None:
+    table = peers.contestants(str(tiny_model))
+    assert {peer.tool for peer in table} == {
+        "hf-one", "hf-batched", "nightjar fp32", "sentence-transformers", "fastembed", "clip-retrieval"
+    }  # fmt: skip
+    rates = {"fastembed/processes": 9.0, "clip-retrieval/1 workers": 8.0}
+    found = {peer.name: [{"images_per_s": rates.get(peer.name, 5.0)}] for peer in table}
+    names = [peer.name for peer in peers.fastest_modes(table, found)]
+    assert len(names) == 6
+    assert set(rates) < set(names)
 
 
 def test_what_is_missing_on_the_command_line_is_said() -> None:
     ran = run_module("pipeline.bench", "ladder", "--out", os.devnull)
     assert ran.code == 2
     assert "--pictures and --model" in ran.stderr
+    ran = run_module("pipeline.bench", "store", "--out", os.devnull, "--limit", 5)
+    assert ran.code == 2
+    assert "bench store has no --limit" in ran.stderr

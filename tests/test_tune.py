@@ -13,19 +13,23 @@ import pytest
 from pictures import write_folder
 from runs import index, run_module
 
+from engines import hardware
 from engines.spec import ArtifactMissing, find_artifact
 from pipeline import devices
 from pipeline.bench import settings
 from pipeline.bench.processes import Limit
 from pipeline.devices import EngineWish, plan, resolve_devices
-from pipeline.setting import Setting, Tuned, default_setting, tuned_for, tuned_path
+from pipeline.setting import Setting, Tuned, default_setting, memory_limit_bytes, tuned_for, tuned_path
 from pipeline.sources import open_source
+from pipeline.tune import tuner
 from pipeline.tune.config import TuneConfig
-from pipeline.tune.halving import CpuAxes, GpuAxes, Measured, Search
-from pipeline.tune.tuner import LIMIT_S, TuneFailed, tune
+from pipeline.tune.halving import CpuAxes, Found, GpuAxes, Measured, Search, find
+from pipeline.tune.trial import Rehearsal
+from pipeline.tune.tuner import LIMIT_S, TuneFailed, Tuning, tune
 
 START_S = 1.5  # what it takes to start lanes, before each measurement
 WINDOW_S = 1.5
+PLENTY_S = 1e9
 
 
 @dataclass(frozen=True)
@@ -80,29 +84,58 @@ HOSTS = {
 
 
 def searched(
-    rows_per_s: Callable[[Setting], float], start: Setting, axes: CpuAxes | GpuAxes
-) -> tuple[Setting, Search, float]:
+    rows_per_s: Callable[[Setting], float],
+    start: Setting,
+    axes: CpuAxes | GpuAxes,
+    drift: Callable[[float], float] = lambda clock_s: 1.0,
+) -> Found:
+    """On a clock of its own; the host is `drift` times as fast as it should be."""
     clock_s = 0.0
 
     def measure(now: Setting, seconds: float) -> Measured:
         nonlocal clock_s
-        clock_s += START_S + seconds
-        return Measured(rows_per_s(now), seconds, peak_bytes=1)
+        begun_s, clock_s = clock_s, clock_s + START_S + seconds
+        assert begun_s < LIMIT_S
+        if clock_s > LIMIT_S:  # as `Rehearsal` cuts it
+            return Measured(0.0, 0.0, 0)
+        return Measured(rows_per_s(now) * drift((begun_s + clock_s) / 2), seconds, peak_bytes=1)
 
-    search = Search(measure, WINDOW_S, lambda: clock_s > 0.75 * LIMIT_S)
-    best = search.best(search.best(start, axes.coarse), axes.fine)
-    return best, search, clock_s
+    return find(measure, WINDOW_S, start, axes, lambda: LIMIT_S - clock_s)
 
 
 @pytest.mark.parametrize("name", HOSTS)
 def test_the_best_is_found_on_hosts_whose_best_is_known(name: str) -> None:
     host = HOSTS[name]
     start = default_setting("cpu", 1, host.cores)
-    best, search, seconds = searched(host.rows_per_s, start, CpuAxes(host.cores, host.own_batch, teams=True))
-    assert host.rows_per_s(best) >= 0.97 * host.best_rows_per_s(), best
-    assert host.rows_per_s(best) >= host.rows_per_s(start)
-    assert seconds < LIMIT_S
-    assert len(search.trials) < 60, "a short search, not a grid"
+    found = searched(host.rows_per_s, start, CpuAxes(host.cores, host.own_batch, teams=True))
+    assert host.rows_per_s(found.setting) >= 0.97 * host.best_rows_per_s(), found.setting
+    assert found.rows_per_s == pytest.approx(host.rows_per_s(found.setting))
+    assert found.start_rows_per_s == pytest.approx(host.rows_per_s(start))
+    assert len(found.trials) < 60, "a short search, not a grid"
+
+
+@pytest.mark.parametrize("end", [0.6, 1.7])
+def test_a_host_that_slows_down_or_speeds_up_meanwhile_favours_nobody(end: float) -> None:
+    """All settings are equally fast, and the first to be measured is the start."""
+    start = default_setting("cpu", 1, 2)
+    axes = CpuAxes(2, lambda now: 16, teams=False)
+    found = searched(lambda now: 100.0, start, axes, lambda clock_s: 1 + (end - 1) * clock_s / LIMIT_S)
+    assert found.setting == start
+    assert len(found.trials) > 3
+
+
+def test_what_the_end_of_the_time_cuts_is_no_problem_of_a_setting() -> None:
+    """Nothing is seen any more after the first measurement of each: those decide."""
+    fast, start = Setting(1, 2, 1, 2), Setting(1, 2, 2, 2)
+    asked: list[Setting] = []
+
+    def measure(now: Setting, seconds: float) -> Measured:
+        asked.append(now)
+        return Measured(200.0 if now == fast else 100.0, seconds, 1) if asked.count(now) == 1 else Measured(0, 0, 0)
+
+    search = Search(measure, 1.0, lambda: PLENTY_S)
+    assert search.race([start, fast], 1.0) == fast
+    assert search.final(fast, start)[:3] == (fast, 200.0, 100.0)
 
 
 def test_the_best_of_a_gpu_is_found() -> None:
@@ -114,9 +147,8 @@ def test_the_best_of_a_gpu_is_found() -> None:
         return min(decode, engine) * now.lead_batches / (now.lead_batches + 0.5)
 
     start = default_setting("gpu", 1, 16)
-    best, _, seconds = searched(rows_per_s, start, GpuAxes(16, 256))
+    best = searched(rows_per_s, start, GpuAxes(16, 256)).setting
     assert rows_per_s(best) >= 0.97 * rows_per_s(Setting(2, 1, 8, 8, hardware_share=0.8))
-    assert seconds < LIMIT_S
 
 
 def test_what_cannot_run_is_never_the_best() -> None:
@@ -125,7 +157,7 @@ def test_what_cannot_run_is_never_the_best() -> None:
     def measure(now: Setting, seconds: float) -> Measured:
         return Measured(100.0 * now.lanes, seconds, 1, "it takes 3 GB" if now.lanes > 1 else "")
 
-    search = Search(measure, 1.0, lambda: False)
+    search = Search(measure, 1.0, lambda: PLENTY_S)
     assert search.best(default_setting("cpu", 1, 8), CpuAxes(8, lambda now: 8, teams=False).coarse).lanes == 1
     assert any(trial.problem for trial in search.trials.values())
 
@@ -139,14 +171,28 @@ def test_a_short_lucky_measurement_does_not_win() -> None:
         asked.append(now)
         return Measured((105.0 if asked.count(now) == 1 else 80.0) if now is slow else 100.0, seconds, 1)
 
-    assert Search(measure, 1.0, lambda: False).race([slow, fast, Setting(2, 1, 1, 2)], 1.0) == fast
+    assert Search(measure, 1.0, lambda: PLENTY_S).race([slow, fast, Setting(2, 1, 1, 2)], 1.0) == fast
 
 
 @pytest.mark.parametrize(("speed", "taken"), [(1.02, False), (1.06, True)])
 def test_what_is_hardly_faster_is_not_taken(speed: float, taken: bool) -> None:
     start, other = Setting(1, 2, 2, 2), Setting(1, 2, 1, 2)
-    search = Search(lambda now, seconds: Measured(100 * (speed if now is other else 1), seconds, 1), 1.0, lambda: False)
-    assert search.worth(other, start, 1.0) == (other if taken else start)
+
+    def measure(now: Setting, seconds: float) -> Measured:
+        return Measured(100 * (speed if now is other else 1), seconds, 1)
+
+    assert Search(measure, 1.0, lambda: PLENTY_S).final(other, start).setting == (other if taken else start)
+
+
+def test_a_start_that_does_not_fit_is_left() -> None:
+    start, other = Setting(2, 2, 2, 2), Setting(1, 2, 1, 2)
+
+    def measure(now: Setting, seconds: float) -> Measured:
+        return Measured(0.0, 0.0, 3, "it would need 3 GB") if now == start else Measured(5.0, seconds, 1)
+
+    search = Search(measure, 1.0, lambda: PLENTY_S)
+    assert search.race([start, other], 1.0) == other
+    assert search.final(other, start).setting == other
 
 
 # ---- on this host ------------------------------------------------------------------------------------------------
@@ -172,11 +218,12 @@ def test_index_uses_what_was_found_and_says_so(photos: Path, tiny_model: Path, t
         tuned = tune(cfg, limit_s=15.0)
         assert tuned.rows_per_s >= 0.97 * tuned.default_rows_per_s > 0
         assert tuned.peak_bytes > 20 << 20
-        assert all(trial["seconds"] >= 0 for trial in tuned.trials)
+        assert tuned.seconds < 15 + 3, "its limit, and lanes that end"
+        assert all(one["rows_per_s"] >= 0 for trial in tuned.trials for one in trial["each"])
         ran = index(photos, tmp_path / "index", "--model", tiny_model, "--devices", "cpu")
         assert ran.code == 0, ran.stderr
         (line,) = [line for line in ran.stderr.splitlines() if line.startswith("setting: ")]
-        assert line.startswith(f"setting: tuned {tuned.date}: ")
+        assert line.startswith(f"setting: tuned {tuned.date} on 192 of {photos}: ")
         assert tuned.setting.words("cpu") in line
         assert f"devices {','.join(['cpu'] * tuned.setting.lanes)}: " in ran.stderr
 
@@ -238,7 +285,7 @@ def test_what_was_found_elsewhere_is_refused(tiny_model: Path, changed: dict[str
 
 def a_tuned(choice: Any, **changes: Any) -> Tuned:
     from engines.hardware import host_id, physical_cores
-    from pipeline.setting import SCHEMA, memory_limit_bytes
+    from pipeline.setting import SCHEMA
 
     made = Tuned(
         schema=SCHEMA, host=host_id(), cores=physical_cores(), memory_bytes=memory_limit_bytes(), max_memory_bytes=1,
@@ -249,6 +296,26 @@ def a_tuned(choice: Any, **changes: Any) -> Tuned:
     return replace(made, **changes)
 
 
+def test_a_limit_that_is_over_is_said(photos: Path, tiny_model: Path) -> None:
+    with pytest.raises(TuneFailed, match=r"default setting could be measured \(1 x .*the 0 s were over"):
+        tune(config(photos, tiny_model), limit_s=0.0)
+
+
+@pytest.mark.parametrize(
+    ("together", "stored"),
+    [(Measured(120.0, 3.0, 1), 120.0), (Measured(0.0, 0.0, 0), None), (Measured(0.0, 3.0, 0, "cpu/1 died"), None)],
+)
+def test_a_cpu_lane_beside_gpus_that_was_not_measured_is_not_slow(
+    photos: Path, tiny_model: Path, monkeypatch: pytest.MonkeyPatch, together: Measured, stored: float | None
+) -> None:
+    cfg = replace(config(photos, tiny_model), devices=("gpu:0",))
+    tuning = Tuning(cfg, cfg.wish.choice("cpu"), cast(Rehearsal, None), photos, 0.0)
+    found = Found(default_setting("gpu", 1, 2), 100.0, 100.0, {})
+    monkeypatch.setattr(tuner, "find", lambda *_: found)
+    monkeypatch.setattr(Tuning, "measure", lambda *_: together)
+    assert tuner._search(tuning, 170.0) == (found, stored)
+
+
 def test_too_little_memory_is_said(photos: Path, tiny_model: Path) -> None:
     with pytest.raises(TuneFailed, match="not tried, it would need about 0"):
         tune(config(photos, tiny_model, max_memory_bytes=1 << 20), limit_s=10.0)
@@ -257,7 +324,7 @@ def test_too_little_memory_is_said(photos: Path, tiny_model: Path) -> None:
 def test_nothing_to_measure_with_is_exit_1(tiny_model: Path, tmp_path: Path) -> None:
     ran = run_module("pipeline.tune", "--source", "folder", "--root", tmp_path, "--model", tiny_model)
     assert ran.code == 1
-    assert "no picture of" in ran.report["error"]
+    assert f"{tmp_path}: no picture that can be read" in ran.report["error"]
 
 
 @pytest.mark.parametrize("size", ["many", "-1G", "900T", "0"])
@@ -304,6 +371,16 @@ def test_auto_follows_what_was_measured(
     if beside:  # its own setting for the GPU; the CPU's lane takes a fair part of the cores
         assert [lane.setting for lane in found.lanes if lane.device == "gpu:0"] == [setting, setting]
     assert {lane.setting for lane in plan(("gpu:0",), wish, "", trial=setting).lanes} == {setting}
+
+
+def test_a_memory_limit_of_any_group_above_counts(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    (tmp_path / "mine").write_text("0::/a/b\n")
+    (tmp_path / "a" / "b").mkdir(parents=True)
+    (tmp_path / "a" / "b" / "memory.max").write_text("max\n")
+    (tmp_path / "a" / "memory.max").write_text(f"{100 << 20}\n")
+    monkeypatch.setattr(hardware, "CGROUPS", tmp_path)
+    monkeypatch.setattr(hardware, "MY_CGROUPS", tmp_path / "mine")
+    assert memory_limit_bytes() == 100 << 20
 
 
 def test_the_tuned_file_is_json_for_anybody(tiny_model: Path) -> None:

@@ -4,11 +4,13 @@
 
     hf-one, hf-batched      transformers, one picture at a time and in batches of 32
     sentence-transformers   6.2.0 loads the same folder; pictures are opened by us
-    fastembed               0.9.1, on MODEL_DIR/model.onnx (vision tower, input `pixel_values`)
-    clip-retrieval          2.45.0 with setuptools<=80.9.0 and transformers<5, batches of 64
+    fastembed/threads       0.9.1, on MODEL_DIR/model.onnx (vision tower, input `pixel_values`): ONNX Runtime's threads
+    fastembed/processes     one process a core, each with a thread and a model of its own
+    clip-retrieval/N workers    2.45.0 with setuptools<=80.9.0 and transformers<5, batches of 64; N processes prepare
 
 Needs nothing of ours. Prints one JSON line; its clock starts after imports and model load. clip-retrieval does not let
-anybody in between: its own clock, from the first sample to the last, is taken.
+anybody in between: its own clock, from the first sample to the last, is taken. Nor do fastembed's processes, which load
+their models when they get pictures: what all pictures take longer than half of them do is doubled.
 """
 
 from __future__ import annotations
@@ -56,15 +58,27 @@ def sentence_transformers(model_dir: str, paths: list[Path]) -> tuple[np.ndarray
     return np.concatenate(blocks), start_s
 
 
-def fastembed(model_dir: str, paths: list[Path]) -> tuple[np.ndarray, float]:
+def fastembed(model_dir: str, paths: list[Path], processes: bool) -> tuple[np.ndarray, float]:
+    """(vectors, seconds)."""
     from fastembed import ImageEmbedding
 
     model = ImageEmbedding(
         "Qdrant/clip-ViT-B-32-vision", specific_model_path=model_dir, threads=os.cpu_count(),
         providers=["CPUExecutionProvider"],
     )
-    start_s = time.monotonic()
-    return np.stack(list(model.embed([str(path) for path in paths], batch_size=BATCH))), start_s
+
+    def embed(count: int) -> tuple[np.ndarray, float]:
+        start_s = time.monotonic()
+        names, parallel = [str(path) for path in paths[:count]], os.cpu_count() if processes else None
+        emb_nd = np.stack(list(model.embed(names, batch_size=BATCH, parallel=parallel)))
+        return emb_nd, time.monotonic() - start_s
+
+    if not processes:
+        return embed(len(paths))
+    half = len(paths) // 2
+    _, half_s = embed(half)
+    emb_nd, all_s = embed(len(paths))
+    return emb_nd, (all_s - half_s) * len(paths) / (len(paths) - half)
 
 
 def without_cuda() -> None:
@@ -77,7 +91,7 @@ def without_cuda() -> None:
             torch.library.define(f"torchvision::{name}", schema)
 
 
-def clip_retrieval(model_dir: str, pictures_dir: str) -> tuple[np.ndarray, float]:
+def clip_retrieval(model_dir: str, pictures_dir: str, workers: int) -> tuple[np.ndarray, float]:
     """(vectors of the pictures it embedded, its own seconds)."""
     without_cuda()
     from clip_retrieval import clip_inference
@@ -86,7 +100,7 @@ def clip_retrieval(model_dir: str, pictures_dir: str) -> tuple[np.ndarray, float
         clip_inference(
             input_dataset=pictures_dir, output_folder=out, input_format="files", enable_text=False,
             clip_model=f"hf_clip:{Path(model_dir).resolve()}", use_jit=False, batch_size=CLIP_RETRIEVAL_BATCH,
-            num_prepro_workers=min(2, os.cpu_count() or 1), output_partition_count=1,
+            num_prepro_workers=workers, output_partition_count=1,
         )  # fmt: skip
         stats = json.loads((Path(out) / "stats" / "0.json").read_text())
         vectors = [np.load(path) for path in sorted((Path(out) / "img_emb").glob("*.npy"))]
@@ -96,12 +110,13 @@ def clip_retrieval(model_dir: str, pictures_dir: str) -> tuple[np.ndarray, float
 def main() -> None:
     contestant, model_dir, pictures_dir, out = sys.argv[1:5]
     paths = sorted(path for path in Path(pictures_dir).rglob("*") if path.is_file())
-    if contestant == "clip-retrieval":
-        emb_nd, seconds = clip_retrieval(model_dir, pictures_dir)
-    elif contestant in ("sentence-transformers", "fastembed"):
-        emb_nd, start_s = {"fastembed": fastembed, "sentence-transformers": sentence_transformers}[contestant](
-            model_dir, paths
-        )
+    tool, _, mode = contestant.partition("/")
+    if tool == "clip-retrieval":
+        emb_nd, seconds = clip_retrieval(model_dir, pictures_dir, int(mode.split()[0]))
+    elif tool == "fastembed":
+        emb_nd, seconds = fastembed(model_dir, paths, mode == "processes")
+    elif tool == "sentence-transformers":
+        emb_nd, start_s = sentence_transformers(model_dir, paths)
         seconds = time.monotonic() - start_s
     else:
         emb_nd, start_s = hf(model_dir, paths, 1 if contestant == "hf-one" else BATCH)
@@ -113,5 +128,5 @@ def main() -> None:
 
 if __name__ == "__main__":
     main()
-elif __name__ == "__mp_main__":  # clip-retrieval's logger, a process that imports all of it again
+elif __name__ == "__mp_main__" and sys.argv[1].startswith("clip-retrieval"):  # its logger imports all of it again
     without_cuda()

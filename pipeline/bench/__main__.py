@@ -7,13 +7,14 @@
     roofline  what this machine can do at best, measured in the same run, and the share each stage reaches
     startup   what a run pays once: imports, engine, first batch, tail, commit, publish; and for nothing to do
     null      what the pipeline itself costs an image, by number of images: an engine and a decoder that do nothing
-    race      end to end, five interleaved rounds against fastembed and Hugging Face
+    race      end to end, rounds in turns, against fastembed, Hugging Face and our own engines alone
     tune      what pipeline.tune found for this CPU, against eleven other settings
     memory    peak RSS of lane and coordinator by number of pictures
-    store     rows/s into shards alone, and with the manifest
+    store     rows/s through listing, shard and commit
     size      bytes, milliseconds and recall of smaller vectors: one byte, one bit, fewer dimensions; with re-rank
 
-Machines are noisy: only ratios within one run mean anything. Every part ends by itself at --limit, with what it has.
+Machines are noisy: only ratios within one run mean anything. Parts that have a limit end there by themselves, with what
+they have.
 """
 
 from __future__ import annotations
@@ -48,10 +49,10 @@ NEEDS = {  # beside --out
 }  # fmt: skip
 LIMITS_S = {
     "ladder": 720.0,
-    "peers": 330.0,
-    "text": 60.0,
-    "encoders": 60.0,
-    "roofline": 40.0,
+    "peers": 900.0,
+    "text": 150.0,
+    "encoders": 180.0,
+    "roofline": 90.0,
     "startup": 90.0,
     "null": 90.0,
     "size": 120.0,
@@ -77,10 +78,10 @@ def parser() -> argparse.ArgumentParser:
     )
     parsed.add_argument("--index", type=Path, metavar="DIR", help="size: whose vectors are made smaller")
     parsed.add_argument("--rounds", type=int, default=3)
-    parsed.add_argument("--limit", type=float, metavar="SECONDS", help=f"end with what there is (defaults: {LIMITS_S})")
-    parsed.add_argument("--fastembed-python", default=sys.executable, help="race: an environment that has fastembed")
+    defaults = ", ".join(f"{what} {seconds:.0f}" for what, seconds in LIMITS_S.items())
+    parsed.add_argument("--limit", type=float, metavar="SECONDS", help=f"end with what there is (default: {defaults})")
     parsed.add_argument(
-        "--venvs", type=Path, default=Path(), metavar="DIR", help="peers: where .venv-<peer> are (default: here)"
+        "--venvs", type=Path, default=Path(), metavar="DIR", help="peers, race: where .venv-<peer> are (default: here)"
     )
     parsed.add_argument("--out", type=Path, required=True, help="folder of result files")
     return parsed
@@ -97,11 +98,11 @@ def measure(args: argparse.Namespace, limit: Limit, work: Path) -> Iterable[dict
         ),
         "peers": lambda: peers.peers(pictures, model, (images or [48])[0], rounds, limit, work, args.venvs),
         "text": lambda: encoders.text(model, limit),
-        "encoders": lambda: encoders.encoders(model, pictures, limit),
-        "roofline": lambda: [roofline.roofline(model, pictures, rounds, work)],
+        "encoders": lambda: encoders.encoders(model, pictures, rounds, limit),
+        "roofline": lambda: roofline.roofline(model, pictures, rounds, limit, work),
         "startup": lambda: startup.startup(model, pictures, limit, work),
         "null": lambda: null_engine.null_engine(model, images or [1000, 10_000, 100_000], rounds, limit, work),
-        "race": lambda: [race.race(pictures, model, (images or [128])[0], rounds, args.fastembed_python)],
+        "race": lambda: [race.race(pictures, model, (images or [128])[0], rounds, args.venvs)],
         "memory": lambda: [memory.memory(pictures, model, images or [1000, 10_000])],
         "store": lambda: [store.store(131_072, 512, rounds)],
         "size": lambda: size.size(args.index, limit),
@@ -137,6 +138,9 @@ def main(argv: list[str] | None = None) -> int:
     args = parser().parse_args(argv)
     if missing := [name for name in NEEDS[args.what] if getattr(args, name) is None]:
         print(f"error: bench {args.what} needs {' and '.join('--' + name for name in missing)}", file=sys.stderr)
+        return USAGE
+    if args.limit is not None and args.what not in LIMITS_S:
+        print(f"error: bench {args.what} has no --limit, it runs to its end", file=sys.stderr)
         return USAGE
     args.out.mkdir(parents=True, exist_ok=True)
     head, start_s = about(argv), time.monotonic()

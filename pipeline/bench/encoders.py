@@ -1,23 +1,24 @@
 """`bench encoders`: pictures and texts prepared and encoded a second, by model, device and runtime.
 `bench text`: sequences/s of the text towers, by batch.
 
-Both beside transformers in torch (`docs/benchmarks/towers.py`) and beside what UForm has published.
+In turns with transformers in torch (`docs/benchmarks/towers.py`), and beside what UForm has published.
 """
 
 from __future__ import annotations
 
+import statistics
 import sys
 import time
 from collections.abc import Callable, Iterator
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 import numpy as np
 from tokenizers import Tokenizer
 
 from engines import Engine, EngineUnavailable, device_of, open_engine
 from engines.hardware import physical_cores
-from engines.spec import Artifact, EngineCard, find_artifact
+from engines.spec import Artifact, EngineCard, Tower, find_artifact
 from pipeline.batch import Batch
 from pipeline.bench.pictures import jpegs_below
 from pipeline.bench.processes import Limit, OutOfTime, run_measured
@@ -28,55 +29,90 @@ TOWERS = Path(__file__).resolve().parents[2] / "docs" / "benchmarks" / "towers.p
 SECONDS = 2.0  # of each rate
 PICTURES = 32
 TEXT_BATCHES, ENCODER_BATCH = (1, 8, 32, 128), 32
+ENCODED: dict[Tower, str] = {"vision": "images encoded", "text": "texts encoded"}
+
+
+class Who(NamedTuple):
+    runtime: str
+    precision: str
+    device: str
+    batch: int
 
 
 def text(model: str, limit: Limit) -> Iterator[dict[str, Any]]:
+    """One look at each, the engines and transformers one after the other with every batch."""
     artifact, rows = find_artifact(model), list[dict[str, Any]]()
     whole = {"model": artifact.spec.model, "context": artifact.spec.context_length, "sequences": rows}
     whole["published sequences"] = TEXT_SEQUENCES_PER_S
-    for batch in TEXT_BATCHES:
-        for runtime, precision in _engines(artifact, "text"):
-            engine = open_engine(artifact, "text", runtime, precision, batch=batch)
-            row = {"runtime": runtime, "precision": precision, "device": device_of(runtime), "batch": batch}
-            rows.append({**row, "texts encoded": encoded_per_s(engine)})
-            yield whole
-    theirs = _transformers(model, "-", limit, *TEXT_BATCHES)
-    rows += [{name: value for name, value in row.items() if name != "texts preprocessed"} for row in theirs]
+    try:
+        for batch in TEXT_BATCHES:
+            for engine in _engines(artifact, "text", batch):
+                limit.check()
+                rows.append({**_who(engine)._asdict(), ENCODED["text"]: encoded_per_s(engine)})
+                yield whole
+            for who, rates in _transformers(model, "-", limit, batch):
+                rows.append({**who._asdict(), ENCODED["text"]: rates[ENCODED["text"]]})
+                yield whole
+    except OutOfTime as error:
+        whole["note"] = str(error)
     yield whole
 
 
-def encoders(model: str, pictures: Path, limit: Limit) -> Iterator[dict[str, Any]]:
-    artifact, rows = find_artifact(model), list[dict[str, Any]]()
-    whole = {"model": artifact.spec.model, "rates": rows, "published rates": ENCODERS_PER_S}
+def encoders(model: str, pictures: Path, rounds: int, limit: Limit) -> Iterator[dict[str, Any]]:
+    """Medians of rounds in which all take turns."""
+    artifact = find_artifact(model)
+    engines = [(name, engine) for tower, name in ENCODED.items() for engine in _engines(artifact, tower)]
+    found: dict[Who, dict[str, list[float]]] = {}
+    whole: dict[str, Any] = {"model": artifact.spec.model, "rates": [], "published rates": ENCODERS_PER_S}
+    try:
+        for _ in range(rounds):
+            for who, rates in _one_round(artifact, engines, pictures, limit):
+                for name, rate in rates.items():
+                    found.setdefault(who, {}).setdefault(name, []).append(rate)
+                whole["rates"] = [
+                    {**one._asdict(), **{name: statistics.median(seen) for name, seen in by_name.items()}}
+                    for one, by_name in found.items()
+                ]
+                yield whole
+    except OutOfTime as error:
+        whole["note"] = str(error)
+    yield whole
+
+
+def _one_round(
+    artifact: Artifact, engines: list[tuple[str, Engine]], pictures: Path, limit: Limit
+) -> Iterator[tuple[Who, dict[str, float]]]:
+    limit.check()
     prepared = {"images preprocessed": images_per_s(artifact, pictures), "texts preprocessed": texts_per_s(artifact)}
-    for tower, name in (("vision", "images encoded"), ("text", "texts encoded")):
-        for runtime, precision in _engines(artifact, tower):
-            engine = open_engine(artifact, tower, runtime, precision)  # type: ignore[arg-type]
-            row = {"runtime": runtime, "precision": precision, "device": device_of(runtime), "batch": engine.card.batch}
-            rows.append({**row, **prepared, name: encoded_per_s(engine)})
-            yield whole
-    rows += _transformers(model, str(pictures), limit, ENCODER_BATCH)
-    yield whole
+    yield Who("pipeline.stages_cpu, tokenizers", "", "cpu", PICTURES), prepared
+    for name, engine in engines:
+        limit.check()
+        yield _who(engine), {name: encoded_per_s(engine)}
+    yield from _transformers(artifact.spec.model, str(pictures), limit, ENCODER_BATCH)
 
 
-def _engines(artifact: Artifact, tower: str) -> Iterator[tuple[str, Any]]:
-    """Runtime and precision of those that this host may run."""
-    seen = dict.fromkeys((card.runtime, card.precision) for _, card in artifact.cards() if card.tower == tower)
-    for runtime, precision in seen:
+def _engines(artifact: Artifact, tower: Tower, batch: int | None = None) -> Iterator[Engine]:
+    """Those that this host may run."""
+    for card in [card for _, card in artifact.cards() if card.tower == tower]:
         try:
-            open_engine(artifact, tower, runtime, precision)  # type: ignore[arg-type]
+            yield open_engine(artifact, tower, card.runtime, card.precision, batch=batch)
         except EngineUnavailable:
             continue  # of another host
-        yield runtime, precision
 
 
-def _transformers(model: str, pictures: str, limit: Limit, *batches: int) -> list[dict[str, Any]]:
-    try:
-        done = run_measured([sys.executable, TOWERS, model, pictures, SECONDS, *batches], limit)
-    except OutOfTime as error:
-        return [{"runtime": "transformers", "note": str(error)}]
-    rows: list[dict[str, Any]] = done.result
-    return rows
+def _who(engine: Engine) -> Who:
+    card = engine.card
+    return Who(card.runtime, card.precision, device_of(card.runtime), card.batch)
+
+
+def _transformers(model: str, pictures: str, limit: Limit, batch: int) -> Iterator[tuple[Who, dict[str, float]]]:
+    """
+    Raises:
+        OutOfTime: the limit was reached.
+    """
+    for row in run_measured([sys.executable, TOWERS, model, pictures, SECONDS, batch], limit).result:
+        who = Who("transformers", "fp32", row["device"], batch)
+        yield who, {name: rate for name, rate in row.items() if name.endswith(("preprocessed", "encoded"))}
 
 
 def encoded_per_s(engine: Engine, seconds: float = SECONDS) -> float:

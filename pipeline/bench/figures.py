@@ -23,16 +23,24 @@ LADDER_COLUMNS = (
     "joules_per_image", "lost", "scored_twice", "error_over_spread", "top9_overlap", "verdict",
 )  # fmt: skip
 
+LADDER_NOTE = (
+    "images_per_s counts from loaded models to the last vector, start_s is the rest of the run. Stages overlap where "
+    "they can and share the cores, so their times do not add up. GFLOP/s are those that a vector needs, the same for "
+    "all rungs, and peak_share is of a square matrix product of that precision, measured before and after each rung."
+)
+
 
 def write(part: str, result: dict[str, Any], out: Path) -> list[Path]:
     """Files of one part, and their paths."""
     text = [f"# {part}: {result['cpu']}, {result['cores']} cores, {result['date']}", "", f"`{result['command']}`", ""]
     text += [f"Took {result['seconds']:g} s; load before: {result['load_before']}; energy: {result['energy']}.", ""]
     text += [", ".join(f"{name} {number}" for name, number in result["versions"].items()), ""]
+    if note := result.get("note"):
+        text += [f"Not all of it: {note}.", ""]
     written: list[Path] = []
     if part == "ladder":
         rows = [flat(row) for row in result["rungs"]]
-        text += [*table(LADDER_COLUMNS, rows), "", *study_table(), ""]
+        text += [LADDER_NOTE, "", *table(LADDER_COLUMNS, rows), "", *study_table(), ""]
         written = [_csv(out / "ladder.csv", LADDER_COLUMNS, rows), *draw(result["rungs"], out, text)]
     else:
         for name, rows in tables(result):

@@ -2,8 +2,9 @@
 twice or changes answers fails, however fast it is.
 
 Speed is measured with `--model` (random weights do), answers with the demo model, whose answers mean something: the
-nine best pictures for a hundred texts, against those of Hugging Face one by one in fp32. Every clock starts when the
-models are loaded; starts are in a column of their own, and in `bench startup`.
+nine best pictures for a hundred texts, against those of Hugging Face one by one in fp32. Without that first rung there
+is nothing to compare with, and nothing is measured. Every clock starts when the models are loaded; starts are in a
+column of their own, and in `bench startup`.
 """
 
 from __future__ import annotations
@@ -24,7 +25,7 @@ import numpy.typing as npt
 
 from engines.gate import SPREAD_ERROR_MAX, row_distances
 from engines.hardware import gemm_peak_gflops, physical_cores
-from engines.spec import Artifact, ArtifactMissing, find_artifact
+from engines.spec import ArtifactMissing, find_artifact
 from pipeline.bench.pictures import Corpus, jpegs_below
 from pipeline.bench.processes import ChildFailed, Limit, OutOfTime, index_command, run_measured
 from pipeline.bench.rungs import Rung, rungs
@@ -94,15 +95,20 @@ class Climb:
         self.reference_nd: npt.NDArray[np.float32] | None = None
 
     def once(self, rung: Rung, with_answers: bool) -> dict[str, Any]:
-        """One row: figures, and why it fails, if it does."""
-        peak = 0.0
-        if rung.device == "cpu":
-            peak = gemm_peak_gflops(rung.precision, physical_cores(), repeats=3)
+        """One row: figures, and why it fails, if it does.
+
+        Raises:
+            ChildFailed: it died, or it is the reference and lost pictures. OutOfTime: the limit was reached.
+        """
         run = self._seed if rung.runner == "seed" else self._index
+        before = self._peak(rung)
         ran, asked, peak_rss_mb, joules = run(rung, with_answers)
+        peak = (before + self._peak(rung)) / 2  # as close in time as can be
+        made = [ran.vectors, asked] if asked else [ran.vectors]
+        lost, twice = sum(one.lost for one in made), sum(one.twice for one in made)
+        if self.reference_nd is None and (lost or twice):
+            raise ChildFailed(f"the reference lost {lost} pictures and scored {twice} twice: it is none")
         gflop_per_s = ran.images_per_s * self.artifact.spec.vision.gflop
-        if rung.device == "gpu" and rung.runner == "index":
-            peak = _gpu_peak(self.artifact, rung)
         row = {
             "images": rung.images,
             "images_per_s": ran.images_per_s,
@@ -113,17 +119,29 @@ class Climb:
             "peak_gflop_per_s": peak or None,
             "peak_share": gflop_per_s / peak if peak else None,
             "joules_per_image": joules and joules / rung.images,
-            "lost": ran.vectors.lost + (asked.lost if asked else 0),
-            "scored_twice": ran.vectors.twice + (asked.twice if asked else 0),
+            "lost": lost,
+            "scored_twice": twice,
             **self._compared(ran.vectors, asked),
         }
         return {**row, "failures": failures(row, rung)}
 
+    def _peak(self, rung: Rung) -> float:
+        """GFLOP/s; of a GPU as measured when the engine was built, 0 where nobody measured it."""
+        if rung.device == "cpu":
+            return gemm_peak_gflops(rung.precision, physical_cores(), repeats=3)
+        wanted = (rung.config.get("--runtime"), rung.precision)
+        peaks = [
+            card.gflop_per_s / card.peak_share
+            for _, card in self.artifact.cards()
+            if (card.runtime, card.precision) == wanted and card.peak_share
+        ]
+        return peaks[0] if peaks else 0.0
+
     def _compared(self, speed: Vectors, asked: Vectors | None) -> dict[str, float | None]:
-        if self.reference_nd is None and not speed.lost:
-            self.reference_nd = speed.emb_nd[:DISTINCT]
+        if self.reference_nd is None:
+            self.reference_nd = speed.emb_nd[: len(self.corpus.distinct)]
         error = None
-        if self.reference_nd is not None and not speed.lost and not speed.twice:
+        if not speed.lost and not speed.twice:
             want_nd = self.reference_nd[np.arange(len(speed.emb_nd)) % len(self.reference_nd)]
             error = float(row_distances(speed.emb_nd, want_nd, self.reference_nd).mean())
         overlap = self.answers.overlap(asked.emb_nd) if asked and not asked.lost and not asked.twice else None
@@ -232,15 +250,6 @@ def index_vectors(out: Path, names: list[str]) -> Vectors:
     return Vectors(emb_nd[order], lost, max(len(keys), computed) - (len(names) - lost))
 
 
-def _gpu_peak(artifact: Artifact, rung: Rung) -> float:
-    """As measured when the engine was built; the share on its card is of that peak."""
-    wanted = (rung.config["--runtime"], rung.precision)
-    shares = [
-        c.gflop_per_s / c.peak_share for _, c in artifact.cards() if (c.runtime, c.precision) == wanted and c.peak_share
-    ]
-    return shares[0] if shares else 0.0
-
-
 def ladder(
     pictures: Path, model: str, answers_model: str, images: int, rounds: int, limit: Limit, work: Path
 ) -> Iterator[list[dict[str, Any]]]:
@@ -252,9 +261,9 @@ def ladder(
     for needed in (model, answers_model):
         if not any(card.tower == "vision" for _, card in find_artifact(needed).cards()):
             raise ArtifactMissing(f"{needed} has no engines. Run: make engines MODEL={needed}")
-    corpus = Corpus(jpegs_below(pictures), work, DISTINCT)
+    corpus = Corpus(jpegs_below(pictures), work, min(DISTINCT, images))
     climb = Climb(model, Answers(answers_model, work), corpus, work, limit)
-    table = rungs(climb.artifact, physical_cores(), images)
+    reference, *others = table = rungs(climb.artifact, physical_cores(), images)
     found: dict[str, list[dict[str, Any]]] = {rung.name: [] for rung in table}
     skipped = {rung.name: rung.absent for rung in table if rung.absent}
     turns = [(rung, 0) for rung in table if rung.core] + [
@@ -270,6 +279,9 @@ def ladder(
                 skipped[rung.name] = str(error)
         except ChildFailed as error:
             skipped[rung.name] = f"failed: {error}"
+        if not found[reference.name]:
+            reason = f"nothing to compare with: {reference.name} did not run"
+            skipped |= {other.name: skipped.get(other.name, reason) for other in others}
         _tell(rung, found[rung.name], skipped.get(rung.name, ""))
         yield [_row(rung, found[rung.name], skipped.get(rung.name, "")) for rung in table]
 

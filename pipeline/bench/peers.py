@@ -1,9 +1,11 @@
 """`bench peers`: our index against what users run today, on clean and on dirty pictures.
 
-Same files for all, warm in the page cache, same cores, rounds in turns, medians and spread. Every contestant's rate
-counts from when its model is loaded; what came before is a column of its own. What counts as done is what lies on disk
-at the end. Each peer lives in `.venv-<peer>`, made here on top of our own torch; what cannot be had is listed with the
-reason. On the dirty pictures the score is pictures embedded, and what became of the others.
+Same files for all, warm in the page cache, same cores, rounds in turns, medians and spread. A peer that has several
+modes shows all of them in the first round, and goes on with its fastest. Every contestant's rate counts from when its
+model is loaded; what came before is a column of its own. What counts as done is what lies on disk at the end. Each peer
+lives in `.venv-<peer>`, made here on top of our own torch; what cannot be had is listed with the reason. On the dirty
+pictures the score is pictures embedded, and what became of the others. What preparing and what encoding alone cost is
+told by `bench encoders`.
 """
 
 from __future__ import annotations
@@ -25,25 +27,32 @@ import numpy as np
 from engines.hardware import physical_cores
 from engines.spec import find_artifact
 from pipeline.bench.ladder import index_vectors, lane_time
-from pipeline.bench.pictures import Corpus, dirty_copies, jpegs_below
+from pipeline.bench.pictures import EDGE, Corpus, dirty_copies, jpegs_below
 from pipeline.bench.processes import ChildFailed, Limit, OutOfTime, index_command, run_measured
-from pipeline.bench.race import PEERS, give_fastembed_its_graph
 
+PEERS = Path(__file__).resolve().parents[2] / "docs" / "benchmarks" / "peers.py"
 DISTINCT, DIRTY = 48, 60
-HF = ("hf-one", "hf-batched")
+DIRTY_S = 120.0  # twice what the slowest takes for as many clean ones, most of it to start
+INSTALL_S = 900.0
+FASTEMBED = ("fastembed==0.9.1",)
 
 
 class Peer(NamedTuple):
     """`times`: pictures for one of 15 images/s, times this, so that all take about as long."""
 
-    name: str
+    name: str  # with its mode behind a slash, where it has several
     times: int
     packages: tuple[str, ...]
     precision: str = "fp32"
 
+    @property
+    def tool(self) -> str:
+        return self.name.partition("/")[0]
+
 
 def contestants(model: str) -> list[Peer]:
     torch = version("torch").partition("+")[0]
+    clip_retrieval = ("clip-retrieval==2.45.0", "setuptools<=80.9.0", "transformers<5", "wandb", f"torch=={torch}")
     cards = {card.precision for _, card in find_artifact(model).cards() if card.tower == "vision"}
     ours = [Peer(f"nightjar {p}", times, (), p) for p, times in (("fp32", 2), ("bf16", 4), ("int8", 4)) if p in cards]
     return [
@@ -51,12 +60,9 @@ def contestants(model: str) -> list[Peer]:
         Peer("hf-batched", 2, ()),
         *ours,
         Peer("sentence-transformers", 2, ("sentence-transformers==6.2.0", f"torch=={torch}")),
-        Peer("fastembed", 2, ("fastembed==0.9.1",)),
-        Peer(
-            "clip-retrieval",
-            2,
-            ("clip-retrieval==2.45.0", "setuptools<=80.9.0", "transformers<5", "wandb", f"torch=={torch}"),
-        ),
+        Peer("fastembed/threads", 2, FASTEMBED),
+        Peer("fastembed/processes", 8, FASTEMBED),  # in whole batches for each
+        *(Peer(f"clip-retrieval/{workers} workers", 2, clip_retrieval) for workers in (0, 1, 2)),
     ]
 
 
@@ -68,7 +74,7 @@ def make_venv(peer: Peer, venvs: Path, limit: Limit) -> Path:
     """
     if not peer.packages:
         return Path(sys.executable)
-    home = (venvs / f".venv-{peer.name}").absolute()
+    home = (venvs / f".venv-{peer.tool}").absolute()
     python, done = home / "bin" / "python", home / ".done"
     if done.exists():
         return python
@@ -105,7 +111,7 @@ def peers(
             "note": "",
         }
         try:
-            pythons[peer.name] = make_venv(peer, venvs, Limit(900))
+            pythons[peer.name] = make_venv(peer, venvs, Limit(INSTALL_S))
         except (ChildFailed, OutOfTime) as error:
             rows[peer.name]["note"] = str(error)
     give_fastembed_its_graph(model)
@@ -117,20 +123,42 @@ def peers(
     good = dirty_copies(corpus.distinct, dirty, DIRTY)
     found: dict[str, list[dict[str, float]]] = {peer.name: [] for peer in table}
     on_dirty: list[dict[str, Any]] = []
-    whole: dict[str, Any] = {"model": model, "contestants": list(rows.values()), "dirty": on_dirty}
+    whole: dict[str, Any] = {
+        "model": model,
+        "pictures": f"{len(corpus.distinct)} JPEGs of {EDGE} pixels, each copy with a unique comment",
+        "contestants": list(rows.values()),
+        "dirty": on_dirty,
+    }
+    running = [peer for peer in table if peer.name in pythons]
     for turn in range(rounds):
-        for peer in [peer for peer in table if peer.name in pythons]:
+        for peer in running:
             folder = corpus.folder(images * peer.times)
             try:
                 found[peer.name].append(_clean(peer, pythons[peer.name], folder, model, work, limit))
             except (ChildFailed, OutOfTime) as error:
-                rows[peer.name]["note"] = str(error)
+                rows[peer.name]["note"] = f"{turn} of {rounds} rounds: {error}"
                 continue
             rows[peer.name] |= _summary(found, peer.name)
             yield whole
-        for peer in [peer for peer in table if found[peer.name] and turn == 0]:
-            on_dirty.append(_dirty(peer, pythons[peer.name], dirty, good, model, work, limit))
-            yield whole
+        running = fastest_modes([peer for peer in running if found[peer.name]], found)
+    for peer in running:  # last, for not all of them come back from there
+        on_dirty.append(_dirty(peer, pythons[peer.name], dirty, good, model, work, limit))
+        yield whole
+    yield whole
+
+
+def fastest_modes(peers: list[Peer], found: dict[str, list[dict[str, float]]]) -> list[Peer]:
+    """Of each tool, by the first round."""
+    rates = {peer.name: found[peer.name][0]["images_per_s"] for peer in peers}
+    best = {peer.tool: peer.name for peer in sorted(peers, key=lambda peer: rates[peer.name])}
+    return [peer for peer in peers if peer.name == best[peer.tool]]
+
+
+def give_fastembed_its_graph(model: str) -> None:
+    """fastembed reads MODEL/model.onnx with an input `pixel_values`; ours is the same network."""
+    target = Path(model) / "model.onnx"
+    if not target.exists():
+        shutil.copyfile(find_artifact(model).onnx("vision", "fp32"), target)
 
 
 def _summary(found: dict[str, list[dict[str, float]]], name: str) -> dict[str, float]:
@@ -164,14 +192,17 @@ def _clean(peer: Peer, python: Path, folder: Path, model: str, work: Path, limit
     else:
         target = work / "peer.npy"
         target.unlink(missing_ok=True)
-        env = {"OMP_NUM_THREADS": str(physical_cores())}
-        done = run_measured([python, PEERS, peer.name, model, folder, target], limit, env)
+        done = run_measured([python, PEERS, peer.name, model, folder, target], limit, _threads())
         lost, seconds = count - _on_disk(target), done.result["seconds"]
         rate = done.result["images"] / seconds
     return {
         "images": count, "lost": lost, "images_per_s": rate, "start_s": done.wall_s - seconds,
         "cpu_s_per_image": done.cpu_s / count, "peak_rss_mb": done.peak_rss_mb,
     }  # fmt: skip
+
+
+def _threads() -> dict[str, str]:
+    return {"OMP_NUM_THREADS": str(physical_cores())}
 
 
 def _on_disk(target: Path) -> int:
@@ -182,10 +213,11 @@ def _dirty(
     peer: Peer, python: Path, folder: Path, good: set[str], model: str, work: Path, limit: Limit
 ) -> dict[str, Any]:
     """Files = embedded + told (quarantined with a reason) + lost in silence, or the run died with nothing on disk."""
-    files, row = (
-        len(os.listdir(folder)),
-        {"contestant": peer.name, "files": len(os.listdir(folder)), "pictures": len(good)},
-    )
+    files = len(os.listdir(folder))
+    row = {"contestant": peer.name, "files": files, "pictures": len(good)}
+    if limit.left_s <= 0:
+        return {**row, "died": f"not measured within the limit of {limit.seconds:g} s"}
+    limit = Limit(min(limit.left_s, DIRTY_S))
     try:
         if peer.name.startswith("nightjar"):
             out = work / "dirty-index"
@@ -197,7 +229,7 @@ def _dirty(
         else:
             target = work / "dirty.npy"
             target.unlink(missing_ok=True)
-            run_measured([python, PEERS, peer.name, model, folder, target], limit)
+            run_measured([python, PEERS, peer.name, model, folder, target], limit, _threads())
             embedded, told = _on_disk(target), 0
     except ChildFailed as error:
         return {
@@ -207,6 +239,6 @@ def _dirty(
             "lost in silence": 0,
             "died": str(error).strip().splitlines()[-1][-160:],
         }
-    except OutOfTime as error:
-        return {**row, "died": f"not measured: {error}"}
+    except OutOfTime:
+        return {**row, "died": f"had not come to an end after {limit.seconds:.0f} s"}
     return {**row, "embedded": embedded, "told": told, "lost in silence": files - embedded - told, "died": ""}

@@ -24,10 +24,10 @@ import numpy as np
 
 from engines import open_engine
 from engines.spec import find_artifact
+from pipeline.bench.peers import FASTEMBED, INSTALL_S, PEERS, Peer, give_fastembed_its_graph, make_venv
 from pipeline.bench.pictures import EDGE, jpegs_below, small_copies, unique_copies
-from pipeline.bench.processes import index_command, last_json
+from pipeline.bench.processes import Limit, index_command, last_json
 
-PEERS = Path(__file__).resolve().parents[2] / "docs" / "benchmarks" / "peers.py"
 ENGINE_S = 6.0  # of running the engine alone, twice a round
 
 
@@ -36,8 +36,9 @@ class Seconds(NamedTuple):
     cpu: float  # of all threads and child processes
 
 
-def race(pictures: Path, model: str, images: int, rounds: int, fastembed_python: str) -> dict[str, Any]:
+def race(pictures: Path, model: str, images: int, rounds: int, venvs: Path) -> dict[str, Any]:
     """Medians over `rounds` of images per second, and of each contestant's ratio to ours within a round."""
+    fastembed_python = str(make_venv(Peer("fastembed/threads", 2, FASTEMBED), venvs, Limit(INSTALL_S)))
     jpegs = jpegs_below(pictures)
     artifact, ours = find_artifact(model), ["nightjar"]
     precisions: dict[str, Literal["auto", "int8"]] = {"nightjar": "auto"}
@@ -49,7 +50,7 @@ def race(pictures: Path, model: str, images: int, rounds: int, fastembed_python:
         contestants: dict[str, tuple[int, Callable[[Path], float]]] = {
             "hf-one": (images, _peer("hf-one", sys.executable, model, work)),
             "hf-batched": (2 * images, _peer("hf-batched", sys.executable, model, work)),
-            "fastembed": (2 * images, _peer("fastembed", fastembed_python, model, work)),
+            "fastembed": (2 * images, _peer("fastembed/threads", fastembed_python, model, work)),
         }
         for who, times in zip(ours, (4, 8), strict=False):
             contestants[who] = (
@@ -114,18 +115,11 @@ def _timed_index(root: Path, work: Path, model: str, precision: str) -> float:
 
 def _peer(who: str, python: str, model: str, work: Path) -> Callable[[Path], float]:
     def run(root: Path) -> float:
-        result = last_json([python, str(PEERS), who, model, str(root), str(work / f"{who}.npy")])
+        result = last_json([python, str(PEERS), who, model, str(root), str(work / "peer.npy")])
         assert result["images"] == len(os.listdir(root)), result
         return float(result["seconds"])
 
     return run
-
-
-def give_fastembed_its_graph(model: str) -> None:
-    """fastembed reads MODEL/model.onnx with an input `pixel_values`; ours is the same network."""
-    target = Path(model) / "model.onnx"
-    if not target.exists():
-        shutil.copyfile(find_artifact(model).onnx("vision", "fp32"), target)
 
 
 def engine_seconds(model: str, precision: Literal["auto", "int8"]) -> Seconds:

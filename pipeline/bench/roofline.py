@@ -5,6 +5,8 @@ preprocess    pictures/s on all cores against those of one thread times the core
 hash          bytes/s against copying memory on one core
 read          bytes/s out of the page cache against the same
 shard         bytes/s written and synced against a plain file, written and synced
+
+Every stage and its peak take turns; told is the round whose share is the median.
 """
 
 from __future__ import annotations
@@ -12,7 +14,7 @@ from __future__ import annotations
 import os
 import statistics
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
@@ -24,14 +26,15 @@ from engines.hardware import gemm_peak_gflops, host_id, physical_cores
 from engines.spec import find_artifact
 from pipeline.bench.encoders import encoded_per_s, images_per_s
 from pipeline.bench.pictures import jpegs_below
+from pipeline.bench.processes import Limit
 from pipeline.store import write_shard
 
 COPY_BYTES, SHARD_ROWS = 256 << 20, 4096
 SECONDS = 1.0  # of each rate and round
 
 
-def roofline(model: str, pictures: Path, rounds: int, work: Path) -> dict[str, Any]:
-    """Medians of `rounds` in which every stage and its peak take turns."""
+def roofline(model: str, pictures: Path, rounds: int, limit: Limit, work: Path) -> Iterator[dict[str, Any]]:
+    """The table after each round; at least one."""
     artifact, cores = find_artifact(model), physical_cores()
     paths = jpegs_below(pictures)[:64]
     encoded = [path.read_bytes() for path in paths]
@@ -78,20 +81,19 @@ def roofline(model: str, pictures: Path, rounds: int, work: Path) -> dict[str, A
                 lambda card=card: gemm_peak_gflops(card.precision, cores, repeats=3),  # type: ignore[misc]
             )
     pairs: dict[str, list[tuple[float, float]]] = {name: [] for name in stages}
-    for _ in range(rounds):
+    for done in range(rounds):
+        if done and limit.left_s <= 0:
+            return
         for name, (_, reached, peak) in stages.items():
             pairs[name].append((reached(), peak()))
-    rows = [
-        {
-            "stage": name,
-            "unit": stages[name][0],
-            "reached": statistics.median(reached for reached, _ in found),
-            "peak": statistics.median(peak for _, peak in found),
-            "share": statistics.median(reached / peak for reached, peak in found),
-        }
-        for name, found in pairs.items()
-    ]
-    return {"model": artifact.spec.model, "rounds_each": rounds, "stages": rows}
+        rows = [_row(name, stages[name][0], found) for name, found in pairs.items()]
+        yield {"model": artifact.spec.model, "rounds_each": done + 1, "stages": rows}
+
+
+def _row(name: str, unit: str, found: list[tuple[float, float]]) -> dict[str, Any]:
+    """Of the round in the middle, so that the share is that of the two numbers beside it."""
+    reached, peak = sorted(found, key=lambda pair: pair[0] / pair[1])[len(found) // 2]
+    return {"stage": name, "unit": unit, "reached": reached, "peak": peak, "share": reached / peak}
 
 
 def _seconds(call: Callable[[], object], repeats: int = 5) -> float:

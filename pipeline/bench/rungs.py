@@ -10,7 +10,7 @@ from collections.abc import Iterator
 from dataclasses import dataclass, field, replace
 from typing import Any
 
-from engines import device_of
+from engines import RUNTIMES, device_of
 from engines.hardware import has_bf16, has_int8, host_id
 from engines.memory_gpu import gpus
 from engines.spec import Artifact, Precision
@@ -19,7 +19,9 @@ from pipeline.devices import gpu_trouble
 
 BATCH = 32
 RATE_GUESS, TIMES_MAX = 15, 400  # images/s of what gets `images`; faster ones get more, for similar times
+BATCHES_MIN = 8  # of an index: nothing overlaps the first one, and the last waits of a lane are never told
 COMPILED: tuple[Precision, ...] = ("fp32", "bf16", "int8")
+BY_BITS: tuple[Precision, ...] = ("fp32", "fp16", "bf16", "int8")
 
 
 @dataclass(frozen=True)
@@ -89,14 +91,17 @@ def _indexes(artifact: Artifact, images: int) -> Iterator[Rung]:
     """`pipeline.index` with every engine of this host, and what is missing of fp32, bf16, int8 and a GPU."""
     here = [host_id(), *(gpu.identity for gpu in gpus())]
     cards = [card for _, card in artifact.cards() if card.tower == "vision" and card.host in here and card.verified]
-    cards.sort(key=lambda card: (device_of(card.runtime), card.rows_per_s))
-    for card in cards:
+    cards.sort(key=lambda card: (list(RUNTIMES).index(card.runtime), BY_BITS.index(card.precision)))
+    for before, card in zip([None, *cards], cards, strict=False):
         device = device_of(card.runtime)
         config = {"--runtime": card.runtime, "--precision": card.precision, "--devices": device.replace("gpu", "gpu:0")}
         # Whole batches, as the others get: a padded one at the end would weigh more here than in a night.
-        count = _whole(round(images * min(max(card.rows_per_s / RATE_GUESS, 1.0), TIMES_MAX)), card.batch)
+        count = max(round(images * min(card.rows_per_s / RATE_GUESS, TIMES_MAX)), images, BATCHES_MIN * card.batch)
         name, change = f"nightjar {card.runtime} {card.precision}", f"our pipeline, {card.runtime} {card.precision}"
-        yield Rung(name, change, "10", count, "index", config, card.precision, device, core=True)
+        if before:
+            pairs = ((card.runtime, before.runtime), (card.precision, before.precision))
+            change = ", ".join(f"{now} instead of {then}" for now, then in pairs if now != then)
+        yield Rung(name, change, "10", _whole(count, card.batch), "index", config, card.precision, device, core=True)
     missing = {
         "bf16": "" if has_bf16() else "this CPU does not multiply bf16",
         "int8": "" if has_int8() else "this CPU has neither VNNI nor AMX",

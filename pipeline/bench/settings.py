@@ -55,8 +55,8 @@ def settings(model: str, pictures: Path, rounds: int, limit: Limit, work: Path) 
         }
         for _ in range(rounds):
             for setting, seen in rates.items():
-                if limit.left_s > 2 * seconds:
-                    seen.append(tuning.measure(setting, seconds).rows_per_s)
+                if limit.left_s > 2 * seconds and (one := tuning.measure(setting, seconds)).seconds:
+                    seen.append(one.rows_per_s)
         engine = f"{card.runtime} {card.precision}"
         rounds_done = max(1, min(map(len, rates.values())))  # rounds differ: one that was cut does not count
         medians = {one: statistics.median(seen[:rounds_done]) for one, seen in rates.items() if seen}

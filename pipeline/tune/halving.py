@@ -2,19 +2,21 @@
 
 From where it stands it looks one step along each axis, and lets those neighbours race by successive halving: all are
 measured briefly, the faster half for twice as long, and so on. It goes on from the winner until no step helps or the
-time is over. A measurement is kept: the same setting is measured again only to know it better.
+time is over. A measurement is kept: the same setting is measured again only to know it better. In the end the winner
+has to beat the setting that the search started from once more, both measured anew, in turns.
 """
 
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Sequence
-from dataclasses import asdict, dataclass, replace
+from dataclasses import asdict, dataclass, field, replace
 from typing import Any, NamedTuple, TypeAlias
 
 from pipeline.setting import Setting
 
 CLEAR = 1.1  # ahead by a tenth: longer measurements would not change that
-WORTH = 1.03  # times the default: by less, two measurements of one setting differ too
+WORTH = 1.03  # times the start: by less, two measurements of one setting differ too
+FINAL_TURNS = 4
 LEAD_BATCHES_MAX = 8
 GPU_LANES_MAX = 4  # on one GPU: each has weights and buffers of its own there
 BATCH_FACTOR_MAX = 4  # of the engine's own batch; larger ones take memory and were never seen to pay
@@ -22,7 +24,7 @@ BATCH_FACTOR_MAX = 4  # of the engine's own batch; larger ones take memory and w
 
 class Measured(NamedTuple):
     rows_per_s: float  # of all lanes together
-    seconds: float
+    seconds: float  # 0: nothing was seen
     peak_bytes: int  # of all lanes together
     problem: str = ""  # why it cannot be had; then nothing else counts
     others: float = 0.0  # share of the host's CPU time that other processes took meanwhile
@@ -33,38 +35,68 @@ class Trial:
     """All measurements of one setting."""
 
     setting: Setting
-    seconds: float = 0.0
-    rows: float = 0.0
-    peak_bytes: int = 0
-    problem: str = ""
-    others: float = 0.0  # the largest
+    each: list[Measured] = field(default_factory=list)
+
+    @property
+    def seconds(self) -> float:
+        return sum(one.seconds for one in self.each)
+
+    @property
+    def problem(self) -> str:
+        return self.each[-1].problem if self.each else ""
 
     @property
     def rows_per_s(self) -> float:
-        return self.rows / self.seconds if self.seconds and not self.problem else 0.0
+        if self.problem or not self.seconds:
+            return 0.0
+        return sum(one.rows_per_s * one.seconds for one in self.each) / self.seconds
 
-    def add(self, found: Measured) -> None:
-        self.seconds += found.seconds
-        self.rows += found.rows_per_s * found.seconds
-        self.peak_bytes, self.problem = max(self.peak_bytes, found.peak_bytes), found.problem
-        self.others = max(self.others, round(found.others, 3))
+    @property
+    def peak_bytes(self) -> int:
+        return max((one.peak_bytes for one in self.each), default=0)
+
+    @property
+    def others(self) -> float:
+        """The largest share that other processes took."""
+        return max((one.others for one in self.each), default=0.0)
 
     def as_json(self) -> dict[str, Any]:
-        return {**asdict(self), "rows": round(self.rows), "rows_per_s": round(self.rows_per_s, 2)}
+        each = [one._replace(rows_per_s=round(one.rows_per_s, 2), others=round(one.others, 3)) for one in self.each]
+        return {
+            "setting": asdict(self.setting),
+            "rows_per_s": round(self.rows_per_s, 2),
+            "each": [one._asdict() for one in each],
+        }
 
 
 Measure: TypeAlias = Callable[[Setting, float], Measured]  # a setting, for about so many seconds
 Axis: TypeAlias = Callable[[Setting], Iterator[Setting]]  # the neighbours of a setting
 
 
-class Search:
-    """`window_s` is the shortest measurement that says something; `over` ends the search."""
+class Found(NamedTuple):
+    """The winner and the setting that the search started from, as they were measured against each other."""
 
-    def __init__(
-        self, measure: Measure, window_s: float, over: Callable[[], bool], trials: dict[Setting, Trial] | None = None
-    ) -> None:
-        self.trials: dict[Setting, Trial] = {} if trials is None else trials
-        self._measure, self._window_s, self._over = measure, window_s, over
+    setting: Setting
+    rows_per_s: float
+    start_rows_per_s: float
+    trials: dict[Setting, Trial]
+
+
+def find(
+    measure: Measure, window_s: float, start: Setting, axes: CpuAxes | GpuAxes, left_s: Callable[[], float]
+) -> Found:
+    """The fastest setting found in the time that `left_s` tells; `start`, unless another one is worth leaving it."""
+    search = Search(measure, window_s, left_s)
+    return search.final(search.best(search.best(start, axes.coarse), axes.fine), start)
+
+
+class Search:
+    """`window_s` is the shortest measurement that says something; `left_s` tells how long there is still to search."""
+
+    def __init__(self, measure: Measure, window_s: float, left_s: Callable[[], float]) -> None:
+        self.trials: dict[Setting, Trial] = {}
+        self._measure, self._window_s, self._left_s = measure, window_s, left_s
+        self._start_s = 0.0  # of lanes, at most, before they can be measured
 
     def best(self, start: Setting, axes: Sequence[Axis]) -> Setting:
         """The fastest found; `start` is always among those that were measured."""
@@ -76,11 +108,22 @@ class Search:
                     best, still = winner, 0
         return best
 
-    def worth(self, best: Setting, start: Setting, window_s: float) -> Setting:
-        """`best`, if after longer measurements of both it is still worth leaving `start` for."""
-        winner = self.race([start, best] if best != start else [start], window_s)
-        ahead = self.trials[winner].rows_per_s > WORTH * self.trials[start].rows_per_s
-        return winner if ahead else start
+    def final(self, best: Setting, start: Setting) -> Found:
+        """`best`, if it is still worth leaving `start` for when both are measured anew: start, best, best, start.
+
+        So neither a lucky moment counts nor that the host was slower, or faster, when `start` had its first turn.
+        """
+        anew = {setting: Trial(setting) for setting in (start, best)}
+        self.trials.setdefault(start, Trial(start))  # there may have been no time at all
+        for pair in [(start, best), (best, start)] if best != start else [(start,)]:
+            if self._left_s() > 0:
+                for setting in pair:
+                    anew[setting].each.append(self._look(setting, self._window_s))
+        seen = anew if all(trial.seconds for trial in anew.values()) else self.trials
+        by_start, by_best = seen[start].rows_per_s, seen[best].rows_per_s
+        if by_best > WORTH * by_start:
+            return Found(best, by_best, by_start, self.trials)
+        return Found(start, by_start, by_start, self.trials)
 
     def race(self, field: Sequence[Setting], window_s: float) -> Setting:
         """The fastest of `field`, by measurements that last longer the fewer are left, until one is clearly ahead."""
@@ -88,12 +131,24 @@ class Search:
             for setting in field:
                 trial = self.trials.setdefault(setting, Trial(setting))
                 if trial.seconds < window_s and not trial.problem and not self._over():
-                    trial.add(self._measure(setting, window_s - trial.seconds))
+                    self._look(setting, window_s - trial.seconds)
             by_speed = sorted(field, key=lambda setting: -self.trials[setting].rows_per_s)
             rates = [self.trials[setting].rows_per_s for setting in by_speed]
             if len(field) == 1 or rates[0] > CLEAR * rates[1] or self._over():
                 return by_speed[0]
             field, window_s = by_speed[: len(field) - len(field) // 2], 2 * window_s
+
+    def _look(self, setting: Setting, seconds: float) -> Measured:
+        before_s = self._left_s()
+        found = self._measure(setting, seconds)
+        self.trials.setdefault(setting, Trial(setting)).each.append(found)
+        if not found.problem:
+            self._start_s = max(self._start_s, before_s - self._left_s() - found.seconds)
+        return found
+
+    def _over(self) -> bool:
+        """What is left is for the final, and for a measurement that takes longer than thought."""
+        return self._left_s() < (FINAL_TURNS + 1) * (self._start_s + self._window_s)
 
 
 # ---- axes --------------------------------------------------------------------------------------------------------

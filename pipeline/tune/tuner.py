@@ -1,6 +1,6 @@
 """`python -m pipeline.tune`: finds how many lanes, threads and rows at a time are fastest on this host, and keeps it.
 
-    sample of the user's pictures -> search (tune_search) by short runs of real lanes (tune_trial) -> tuned.json
+    sample of the user's pictures -> search (halving) by short runs of real lanes (trial) -> tuned.json
 
 Three minutes at most. What is found belongs to one engine on one host; `pipeline.index` uses it and says so.
 """
@@ -37,14 +37,14 @@ from pipeline.setting import (
 )
 from pipeline.sources import SourceError
 from pipeline.tune.config import TuneConfig, parse_tune
-from pipeline.tune.halving import CpuAxes, GpuAxes, Measured, Search, Trial
-from pipeline.tune.trial import Rehearsal, sample
+from pipeline.tune.halving import CpuAxes, Found, GpuAxes, Measured, find
+from pipeline.tune.trial import LIST_S, Rehearsal, sample
 
 log = logging.getLogger("nightjar")
 
 LIMIT_S = 170.0
-FINAL_SHARE = 0.25  # of it, for the final between winner and default
 WINDOW_S, WINDOW_BATCHES = 1.5, 3  # the shortest measurement, and what it must have seen
+BESIDE_S = 25.0  # of the limit, for lanes on the GPUs and the CPU together to start and be measured. A guess
 
 
 class TuneFailed(Exception):
@@ -85,6 +85,8 @@ class Tuning:
             if found.peak_bytes > cfg.max_memory_bytes:
                 found = found._replace(problem=f"it takes {found.peak_bytes / 1e9:.2f} GB")
         told = found.problem or f"{found.rows_per_s:.1f} images/s, {found.peak_bytes / 1e9:.2f} GB"
+        if not found.problem and not found.seconds:
+            told = "cut, the time is over"
         words = " + ".join([setting.words(self.kind), *beside])
         log.info("%3.0f s  %s: %s", time.monotonic() - self.start_s, words, told)
         return found
@@ -110,7 +112,7 @@ def tune(cfg: TuneConfig, limit_s: float = LIMIT_S) -> Tuned:
     """The best setting, written beside the engine's card.
 
     Raises:
-        TuneFailed: no picture could be read, or not even the default setting runs.
+        TuneFailed: no picture could be read, or not even the default setting could be measured.
     """
     start_s = time.monotonic()
     choice = cfg.wish.choice("cpu" if cfg.devices == ("cpu",) else "gpu")
@@ -119,23 +121,28 @@ def tune(cfg: TuneConfig, limit_s: float = LIMIT_S) -> Tuned:
         for part in ("shards", "logs"):
             (folder / part).mkdir()
         if not (rows := sample(cfg.source)):
-            raise TuneFailed(f"no picture of {cfg.source.root} could be read")
+            raise TuneFailed(
+                f"{cfg.source.root}: no picture that can be read was listed within {LIST_S:.0f} s, and tune measures "
+                "with yours; --source and --root are those of pipeline.index"
+            )
         log.info("%s pictures of %s; %s", len(rows), cfg.source.root, choice.reason)
         tuning = Tuning(cfg, choice, Rehearsal(rows, folder, start_s + limit_s), folder, start_s)
-        best, trials, beside_rows_per_s = _search(tuning, limit_s)
-    found, by_default = trials[best], trials[tuning.default()]
-    if not found.rows_per_s:
-        raise TuneFailed(f"not even the default setting runs: {by_default.problem}")
+        found, beside_rows_per_s = _search(tuning, limit_s)
+    best = found.trials[found.setting]
+    if not best.rows_per_s:
+        why = best.problem or f"the {limit_s:.0f} s were over before it had done {tuning.window_s:.0f} s of work"
+        default = tuning.default().words(tuning.kind)
+        raise TuneFailed(f"not even the default setting could be measured ({default}): {why}")
     tuned = Tuned(
         schema=SCHEMA, host=host_id(), cores=physical_cores(), memory_bytes=memory_limit_bytes(),
         max_memory_bytes=cfg.max_memory_bytes, weights_digest=choice.card.weights_digest,
-        engine_digest=choice.card.file_digest, devices=cfg.devices, setting=best,
-        rows_per_s=round(found.rows_per_s, 2), default_rows_per_s=round(by_default.rows_per_s, 2),
-        beside_cpu_rows_per_s=beside_rows_per_s, peak_bytes=found.peak_bytes,
-        others=max(trial.others for trial in trials.values()), date=time.strftime("%Y-%m-%d"),
+        engine_digest=choice.card.file_digest, devices=cfg.devices, setting=found.setting,
+        rows_per_s=round(found.rows_per_s, 2), default_rows_per_s=round(found.start_rows_per_s, 2),
+        beside_cpu_rows_per_s=beside_rows_per_s, peak_bytes=best.peak_bytes,
+        others=round(max(trial.others for trial in found.trials.values()), 3), date=time.strftime("%Y-%m-%d"),
         seconds=round(time.monotonic() - tuning.start_s, 1),
         pictures=f"{len(rows)} of {cfg.source.root}",
-        trials=[trial.as_json() for trial in trials.values()],
+        trials=[trial.as_json() for trial in found.trials.values()],
     )  # fmt: skip
     write_whole(tuned_path(choice), tuned.to_json())
     if tuned.others > OTHERS_MAX:
@@ -146,21 +153,18 @@ def tune(cfg: TuneConfig, limit_s: float = LIMIT_S) -> Tuned:
     return tuned
 
 
-def _search(tuning: Tuning, limit_s: float) -> tuple[Setting, dict[Setting, Trial], float | None]:
-    """The best setting, all that was measured, and the speed with a CPU lane beside the GPUs."""
-    end_s, window_s = tuning.start_s + limit_s, tuning.window_s
-    search = Search(tuning.measure, window_s, lambda: time.monotonic() > end_s - FINAL_SHARE * limit_s)
-    axes, start = tuning.axes(), tuning.default()
-    best = search.best(search.best(start, axes.coarse), axes.fine)
-    # Of many short measurements the best is partly luck: what it won by must last.
-    final = Search(tuning.measure, window_s, lambda: time.monotonic() > end_s - 4 * window_s, search.trials)
-    best = final.worth(best, start, 3 * window_s)
-    beside = None
+def _search(tuning: Tuning, limit_s: float) -> tuple[Found, float | None]:
+    """What was found, and the speed with a CPU lane beside the GPUs; None where that was not measured."""
+    end_s, beside = tuning.start_s + limit_s, False
     if tuning.kind == "gpu":
         with suppress(EngineUnavailable):
             tuning.cfg.wish.choice("cpu")
-            beside = round(tuning.measure(best, 2 * window_s, ("cpu",)).rows_per_s, 2)
-    return best, search.trials, beside
+            beside, end_s = True, end_s - BESIDE_S
+    found = find(tuning.measure, tuning.window_s, tuning.default(), tuning.axes(), lambda: end_s - time.monotonic())
+    if not beside:
+        return found, None
+    together = tuning.measure(found.setting, 2 * tuning.window_s, ("cpu",))
+    return found, round(together.rows_per_s, 2) if together.seconds and not together.problem else None
 
 
 def main(argv: list[str] | None = None) -> int:
