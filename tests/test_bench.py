@@ -148,14 +148,14 @@ def test_parallel_rungs_of_the_study_score_every_picture_once(tiny_model: Path, 
     run: dict[str, Any] = {"model": str(tiny_model), "pictures": str(photos), "images": 7}
     parallel: dict[str, Any] = {"producers": 2, "devices": ["cpu", "cpu"]}
     found: list[ladder.Vectors] = []
-    for change in ({}, {**parallel, "sharing": "static"}, {**parallel, "sharing": "dynamic"}):
+    for sharing in ("static", "dynamic"):
         out = tmp_path / f"{len(found)}.npz"
-        config = {**change, "batch": 3, "runs": [{**run, "out": str(out)}]}
+        config = {**parallel, "sharing": sharing, "batch": 3, "runs": [{**run, "out": str(out)}]}
         done = run_measured([sys.executable, ROOT / "docs/benchmarks/seed.py", json.dumps(config)], Limit(300))
         assert done.result[0]["images"] == 7
         found.append(ladder._npz(out, images=7, batch=3))
         assert (found[-1].lost, found[-1].twice) == (0, 0)
-        np.testing.assert_allclose(found[-1].emb_nd, found[0].emb_nd, atol=1e-6)
+    np.testing.assert_allclose(found[1].emb_nd, found[0].emb_nd, atol=1e-6)
 
 
 def test_two_rungs_of_a_tiny_model_agree_and_leave_all_files(

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+import email
 import json
 import os
 import shutil
@@ -145,8 +146,13 @@ def test_a_connection_that_says_nothing_is_closed(monkeypatch: pytest.MonkeyPatc
         await asyncio.sleep(0.1)
         fourth, _ = await asyncio.open_connection("127.0.0.1", port)
         refused = await fourth.read()
-        assert refused.startswith(b"HTTP/1.1 503")
-        assert len(refused.partition(b"\r\n\r\n")[2]) == 61
+        head, _, body = refused.partition(b"\r\n\r\n")
+        status, _, lines = head.partition(b"\r\n")
+        headers = email.message_from_bytes(lines)
+        assert status.startswith(b"HTTP/1.1 503")
+        assert "too many connections" in json.loads(body)["error"]
+        assert (headers["content-length"], headers["retry-after"]) == (str(len(body)), "1")
+        assert headers["x-content-type-options"] == "nosniff", "as every other answer"
         async with asyncio.timeout(5):
             assert await silent.read() == b""
             assert await slow.read() == b""

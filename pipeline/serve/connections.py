@@ -8,13 +8,13 @@ from typing import Any
 
 from uvicorn.protocols.http.h11_impl import H11Protocol
 
+from pipeline.serve.guard import HEADERS
+
 HEAD_S = 10.0  # for the head of a request, from its first byte or the connection's beginning
 CONNECTIONS_MAX = 1000
 DESCRIPTORS_KEPT = 600  # for the index: at most 256 data files of each of two generations
-FULL = (
-    b"HTTP/1.1 503 Service Unavailable\r\nretry-after: 1\r\ncontent-type: application/json\r\ncontent-length: 61\r\n"
-    b'connection: close\r\n\r\n{"error": "too many connections; try again after a moment"}  '
-)
+FULL = b'{"error": "too many connections; try again after a moment"}'
+FULL_HEADERS = {**HEADERS, "content-type": "application/json", "retry-after": "1", "connection": "close"}
 
 
 def connections_max() -> int:
@@ -23,6 +23,12 @@ def connections_max() -> int:
     if soft != hard:
         resource.setrlimit(resource.RLIMIT_NOFILE, (hard, hard))
     return max(50, min(CONNECTIONS_MAX, hard - DESCRIPTORS_KEPT))
+
+
+def full() -> bytes:
+    """The answer to one connection too many; no request is read for it."""
+    lines = [f"{name}: {value}\r\n" for name, value in {**FULL_HEADERS, "content-length": len(FULL)}.items()]
+    return b"HTTP/1.1 503 Service Unavailable\r\n" + "".join(lines).encode() + b"\r\n" + FULL
 
 
 class Connection(H11Protocol):
@@ -37,7 +43,7 @@ class Connection(H11Protocol):
     def connection_made(self, transport: asyncio.Transport) -> None:  # type: ignore[override]
         super().connection_made(transport)
         if len(self.connections) > self.limit:
-            transport.write(FULL)
+            transport.write(full())
             transport.close()
             return
         self._head_timer = self.loop.call_later(HEAD_S, transport.close)
