@@ -29,7 +29,8 @@ CODE_FLAGS = re.compile(r"^(sse4_[12]|avx\w*|fma|f16c|bmi[12]|amx\w*|asimd\w*|sv
 NAMED_FLAGS = ("amx_bf16", "avx512_bf16", "avx512_vnni", "avx512f", "avx2", "sve", "asimd")
 BF16_FLAGS = ("amx_bf16", "avx512_bf16")
 INT8_FLAGS = ("amx_int8", "avx512_vnni", "avx_vnni")
-GEMM_SIZE = 1536  # large enough for full speed, small enough (30 to 60 ms on 2 cores) to take turns with an engine
+GEMM_SIZE = 1536  # large enough for full speed, small enough (7 to 60 ms on 2 cores) to take turns with an engine
+PRODUCTS_MIN = 3
 CPU_INFO = Path("/proc/cpuinfo")
 CGROUPS, MY_CGROUPS = Path("/sys/fs/cgroup"), Path("/proc/self/cgroup")
 
@@ -69,6 +70,11 @@ def has_bf16() -> bool:
 def has_int8() -> bool:
     """Whether this CPU adds 8-bit products in 32 bits; older ones add pairs in 16 bits, which overflow."""
     return not cpu_flags().isdisjoint(INT8_FLAGS)
+
+
+def has_avx512() -> bool:
+    """Whether silu_levels.c runs here."""
+    return {"avx512f", "avx512dq"} <= cpu_flags()
 
 
 def physical_cores() -> int:
@@ -111,15 +117,15 @@ def cxx_compiler() -> str | None:
     return shutil.which(os.environ.get("CXX") or "g++")
 
 
-def gemm_peak_gflops(precision: Precision, threads: int, repeats: int = 5) -> float:
-    """Median speed of a square matrix product in libtorch: the ceiling a model made of GEMMs can reach here."""
+def gemm_peak_gflops(precision: Precision, threads: int, seconds: float = 0.2) -> float:
+    """Median speed of square matrix products in libtorch for so long: the ceiling a model made of GEMMs can reach."""
     multiply = _square_product(precision, threads)
-    seconds = []
-    for _ in range(repeats):
+    taken_s: list[float] = []
+    while len(taken_s) < PRODUCTS_MIN or sum(taken_s) < seconds:
         start = time.perf_counter()
         multiply()
-        seconds.append(time.perf_counter() - start)
-    return 2 * GEMM_SIZE**3 / statistics.median(seconds) / 1e9
+        taken_s.append(time.perf_counter() - start)
+    return 2 * GEMM_SIZE**3 / statistics.median(taken_s) / 1e9
 
 
 @lru_cache(maxsize=3)

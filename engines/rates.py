@@ -13,6 +13,7 @@ from engines.hardware import gemm_peak_gflops
 from engines.spec import Artifact
 
 ROUNDS = 5
+RATE_S = 0.1  # of each rate and peak
 
 
 class Rates(NamedTuple):
@@ -29,7 +30,7 @@ def measure_rates(artifact: Artifact, engines: Sequence[ExactEngine]) -> list[Ra
     for _ in range(ROUNDS):
         for number, engine in enumerate(engines):
             card, on_gpu = engine.card, device_of(engine.card.runtime) == "gpu"
-            peak = build_gpu.peak_gflops(card) if on_gpu else gemm_peak_gflops(card.precision, card.threads, repeats=1)
+            peak = build_gpu.peak_gflops(card) if on_gpu else gemm_peak_gflops(card.precision, card.threads, RATE_S)
             rate = _rows_per_s(engine, engine.slots if on_gpu else 1)
             rows_per_s[number].append(rate)
             shares[number].append(rate * gflops[number] / peak if peak else 0.0)
@@ -39,7 +40,7 @@ def measure_rates(artifact: Artifact, engines: Sequence[ExactEngine]) -> list[Ra
     return [Rates(rate, rate * gflop, share) for (rate, share), gflop in zip(medians, gflops, strict=True)]
 
 
-def _rows_per_s(engine: ExactEngine, in_flight: int, seconds_min: float = 0.1) -> float:
+def _rows_per_s(engine: ExactEngine, in_flight: int, seconds_min: float = RATE_S) -> float:
     """With so many batches on their way at a time: a GPU must never wait for the host to ask for the next one."""
     turn, start = 0, time.perf_counter()
     while turn == 0 or time.perf_counter() - start < seconds_min:

@@ -22,7 +22,7 @@ from onnx import TensorProto, helper, numpy_helper
 from torch import Tensor, nn
 
 from engines.spec import Precision
-from export.towers import EOS_IS_LARGEST_ID, Block, LastBlock, TextTower, VisionTower, quick_gelu
+from export.towers import EOS_IS_LARGEST_ID, QUICK_GELU_SLOPE, Block, LastBlock, TextTower, VisionTower, quick_gelu
 
 OPSET, OPSET_BF16 = 18, 22  # the first in which Conv takes bfloat16
 PIXELS, IDS, VECTORS = "pixels", "ids", "vectors"
@@ -172,6 +172,6 @@ def _mlp(graph: Graph, x: str, block: Block) -> str:
 
 def _activation(graph: Graph, x: str, block: Block) -> str:
     if block.activation is quick_gelu:
-        return str(graph.add("Mul", x, graph.add("Sigmoid", graph.add("Mul", x, graph.number(1.702)))))
+        return str(graph.add("Mul", x, graph.add("Sigmoid", graph.add("Mul", x, graph.number(QUICK_GELU_SLOPE)))))
     erf = graph.add("Erf", graph.add("Div", x, graph.number(math.sqrt(2))))  # Gelu is one node from opset 20 on
     return str(graph.add("Mul", graph.add("Mul", x, graph.number(0.5)), graph.add("Add", erf, graph.number(1.0))))

@@ -5,7 +5,8 @@
 
 B/32 takes 60 to 100 s on 2 cores. Freezing packs every weight for the GEMM it meets. The number of threads stays open
 (`dynamic_threads`): it is chosen when the engine is opened. bf16 keeps weights and activations in 16 bits; LayerNorm
-statistics, softmax and the final norm are computed in fp32 all the same. int8 is `export.int8`.
+statistics, softmax and the final norm are computed in fp32 all the same. What a CPU computes is written in the form of
+`export.cpu_form`; int8 is `export.int8`.
 Tried and left out: inductor's own C++ GEMM templates (max_autotune), 0.6 of the speed of oneDNN's on these shapes and
 twice the build time.
 On a GPU (not run on one yet) attention is one operation, GEMMs are cuBLAS's, the rest is fused into Triton kernels; the
@@ -32,8 +33,10 @@ from torch._inductor.exc import InductorError
 from torch._inductor.utils import fresh_cache
 
 from engines import EngineUnavailable
+from engines.hardware import has_avx512, has_bf16
 from engines.spec import Precision
-from export.int8 import int8_tower
+from export.cpu_form import cpu_form
+from export.int8 import c_shims, int8_tower
 from export.towers import Block, VisionTower, fused_attention
 
 DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}
@@ -42,9 +45,12 @@ INDUCTOR: dict[str, Any] = {"freezing": True, "cpp.dynamic_threads": True}
 
 def compile_tower(module: nn.Module, example: npt.NDArray[Any], precision: Precision, library: Path) -> None:
     """Write the library of `module` for batches shaped like `example`."""
+    assert isinstance(module, VisionTower), "queries are few: the text tower stays with ONNX Runtime"
+    module, inductor = cpu_form(module), dict(INDUCTOR)
     if precision == "int8":
-        assert isinstance(module, VisionTower), "queries are few: the text tower stays fp32"
-        module = int8_tower(module)
+        module = int8_tower(module, has_bf16(), has_avx512())
+        if has_avx512():
+            inductor["aot_inductor.custom_ops_to_c_shims"] = c_shims()
     elif precision != "fp32":
         module = copy.deepcopy(module).to(DTYPES[precision])
     with tempfile.TemporaryDirectory(dir=library.parent, prefix=".aoti-") as scratch:
@@ -53,7 +59,7 @@ def compile_tower(module: nn.Module, example: npt.NDArray[Any], precision: Preci
             program = torch.export.export(module, (torch.from_numpy(example),), strict=False)
             package = f"{scratch}/tower.pt2"
             try:
-                torch._inductor.aoti_compile_and_package(program, package_path=package, inductor_configs=INDUCTOR)
+                torch._inductor.aoti_compile_and_package(program, package_path=package, inductor_configs=inductor)
             except InductorError as error:
                 first = str(error).strip().splitlines()[0]
                 raise EngineUnavailable(f"aoti-cpu did not compile ({first}). Check: g++ -fopenmp --version") from error

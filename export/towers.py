@@ -37,6 +37,7 @@ FAMILIES = {"clip": "export.towers:load_clip"}
 MASKED = -30000.0
 # CLIP configurations from before 2023 say so; the pooled token is then the largest id, not the one named here.
 EOS_IS_LARGEST_ID = 2
+QUICK_GELU_SLOPE = 1.702
 
 
 @dataclass(frozen=True)
@@ -50,7 +51,7 @@ class Towers:
 
 
 def quick_gelu(x: Tensor) -> Tensor:
-    return x * torch.sigmoid(1.702 * x)
+    return x * torch.sigmoid(QUICK_GELU_SLOPE * x)
 
 
 def plain_attention(q: Tensor, k: Tensor, v: Tensor, mask: Tensor | None) -> Tensor:
@@ -67,11 +68,17 @@ def fused_attention(q: Tensor, k: Tensor, v: Tensor, mask: Tensor | None) -> Ten
 ACTIVATIONS: dict[str, Callable[[Tensor], Tensor]] = {"quick_gelu": quick_gelu, "gelu": functional.gelu}
 
 
+def plain_mlp(block: Block, x: Tensor) -> Tensor:
+    grown: Tensor = block.fc2(block.activation(block.fc1(x)))
+    return grown
+
+
 class Block(nn.Module):
     """One pre-norm transformer block over the residual stream x: (b * tokens, width)."""
 
     mask: Tensor | None
     attention = staticmethod(plain_attention)
+    mlp = staticmethod(plain_mlp)
 
     def __init__(self, layer: Any, config: Any, tokens: int, mask: Tensor | None) -> None:
         super().__init__()
@@ -88,11 +95,7 @@ class Block(nn.Module):
         q, k, v = split.transpose(1, 2).chunk(3, 1)
         seen = self.attention(q, k, v, self.mask)
         x = x + self.out(seen.transpose(1, 2).reshape(-1, self.width))
-        return x + self._mlp(x)
-
-    def _mlp(self, x: Tensor) -> Tensor:
-        grown: Tensor = self.fc2(self.activation(self.fc1(self.norm2(x))))
-        return grown
+        return x + self.mlp(self, self.norm2(x))
 
 
 class LastBlock(Block):
@@ -116,7 +119,7 @@ class LastBlock(Block):
         mask = None if self.mask is None else self.mask[place][:, None, None]
         seen = self.attention(q, k, v, mask)
         rest: Tensor = pooled + self.out(seen.view(-1, self.width))
-        return rest + self._mlp(rest)
+        return rest + self.mlp(self, self.norm2(rest))
 
     def _pooled(self, x: Tensor, place: Tensor | None) -> Tensor:
         by_row = x.view(-1, self.tokens, self.width)
@@ -136,7 +139,7 @@ class VisionTower(nn.Module):
         self.blocks, self.last = _blocks(model, tokens, None)
 
     def forward(self, pixels: Tensor) -> Tensor:
-        patches = self.patch(pixels.to(self.patch.weight.dtype)).flatten(2).transpose(1, 2)
+        patches = self.patch(pixels.to(self.position.dtype)).flatten(2).transpose(1, 2)
         x = functional.pad(patches, (0, 0, 1, 0)) + self.position
         pooled = self.last(self.blocks(self.norm_in(x.reshape(-1, self.width))))
         return _unit(self.projection(self.norm_out(pooled)))

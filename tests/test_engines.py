@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import re
 import shutil
 import subprocess
 import sys
@@ -143,12 +144,12 @@ def test_python_goes_on_while_a_library_runs(artifact: Artifact) -> None:
     rows = torch.from_numpy(random_rows(engine, card.compiled_rows))
     free = steps_beside(lambda: engine._run(0, 0))
     held = steps_beside(lambda: runner.run([rows]))
-    assert free > 10, f"another Python thread took {free} steps beside a run: it stands still"
-    assert held < 10, f"another Python thread took {held} steps beside torch's runner: is our own still needed?"
+    assert free > 2, f"another Python thread took {free} steps beside a run: it stands still"
+    assert held < free / 3, f"another Python thread took {held} steps beside torch's runner, {free} beside ours"
 
 
-def steps_beside(run: Callable[[], object], runs: int = 51) -> float:
-    """Steps another Python thread takes during one call: the median of `runs`."""
+def steps_beside(run: Callable[[], object], runs: int = 301) -> float:
+    """Steps another Python thread takes during one call, which takes some 50 us: the median of `runs`."""
     steps, done = [0], threading.Event()
 
     def count() -> None:
@@ -191,7 +192,7 @@ def test_auto_takes_the_fastest_that_passed(editable: Artifact) -> None:
     for path, card in editable.cards():
         path.write_text(replace(card, rows_per_s=100.0 if card.runtime == "ort-cpu" else 50.0).to_json())
     assert choose(editable, "vision").card.runtime == "ort-cpu"
-    assert "against aoti-cpu fp32 50.0" in choose(editable, "vision").reason
+    assert re.search(r"against aoti-cpu (fp32|bf16) 50\.0", choose(editable, "vision").reason)
     path, card, _ = choose(editable, "vision", "ort-cpu")
     path.write_text(replace(card, passed=False).to_json())
     assert choose(editable, "vision").card.runtime == "aoti-cpu"

@@ -273,6 +273,7 @@ def test_precision_is_decided_by_flags_and_a_measurement(editable: Artifact, mon
     monkeypatch.setattr("engines.plan.has_bf16", lambda: False)
     assert choose_precision(editable).precision == "fp32"
     monkeypatch.setattr("engines.plan.has_bf16", lambda: True)
+    (editable.path / "engines" / f"precision-{host_id()}.json").unlink(missing_ok=True)  # a host with bf16 measured
     monkeypatch.setattr(
         "engines.plan.gemm_peak_gflops", lambda precision, threads: {"bf16": 412, "fp32": 142}[precision]
     )

@@ -24,6 +24,7 @@ from torch.nn import functional
 
 from engines.spec import Artifact, Precision, Tower
 from export import golden, to_onnx, towers
+from export.cpu_form import cpu_form
 from export.random_model import ARCHS, byte_vocab, random_clip, read_vocab, write_random_model
 from export.source import ExportError
 
@@ -95,11 +96,25 @@ def test_towers_give_the_vectors_of_the_model(
             layer.mlp.activation_fn = ACT2FN[activation]
     pictures, texts = pixels(3, shape.image), ids(shape.context, end - 1, end)
     vision, text = towers.rewrite(hf)
+    for_cpu = cpu_form(vision)
+    want_images_nd, want_texts_nd = hf_vectors(hf, pictures, texts)
     with torch.inference_mode():
-        got = vision(pictures), text(texts)
-    for got_nd, want_nd in zip(got, hf_vectors(hf, pictures, texts), strict=True):
+        got = [(vision(pictures), want_images_nd), (for_cpu(pictures), want_images_nd), (text(texts), want_texts_nd)]
+    for got_nd, want_nd in got:
         assert got_nd.dtype == torch.float32
         torch.testing.assert_close(got_nd, want_nd, rtol=0, atol=1e-5)
+
+
+def test_the_form_for_cpus_folds_the_slope_and_leaves_the_tower_alone(monkeypatch: pytest.MonkeyPatch) -> None:
+    vision, _ = towers.rewrite(random_clip(ARCHS["tiny"], byte_vocab([])))
+    pictures, before = pixels(3, ARCHS["tiny"].image), {k: v.clone() for k, v in vision.state_dict().items()}
+    with torch.inference_mode():
+        want_nd = vision(pictures)
+        assert cpu_form(vision).last.activation is functional.silu
+        monkeypatch.setattr("export.cpu_form.QUICK_GELU_SLOPE", 1.0)
+        assert (cpu_form(vision)(pictures) - want_nd).abs().max() > 1e-4
+        torch.testing.assert_close(vision(pictures), want_nd, rtol=0, atol=0)
+    assert all(torch.equal(value, before[name]) for name, value in vision.state_dict().items())
 
 
 def unfold_scale(vision: Any, text: Any) -> None:

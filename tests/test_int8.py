@@ -2,12 +2,16 @@
 
 from __future__ import annotations
 
+from pathlib import Path
+
 import pytest
 import torch
 from torch import nn
 
-from engines.hardware import has_int8
-from export.int8 import Int8Linear, Int8Patches
+from engines.hardware import cxx_compiler, has_avx512, has_int8
+from export.cpu_form import ProductPatches
+from export.int8 import Int8Linear, bf16_attention, c_shims
+from export.towers import plain_attention
 
 pytestmark = pytest.mark.skipif(not has_int8(), reason="int8 needs VNNI or AMX, this CPU has neither")
 ERROR_MAX = 0.01  # of the spread of a product: 256 levels for a row of activations, 255 for the weights of an output
@@ -62,7 +66,49 @@ def test_patches_are_those_of_the_convolution() -> None:
     torch.manual_seed(1)
     patch = nn.Conv2d(3, 40, kernel_size=8, stride=8, bias=False)
     pixels = torch.randn(5, 3, 32, 32)
+    product = ProductPatches(patch)
     with torch.no_grad():
-        want, got = patch(pixels), Int8Patches(patch)(pixels)
+        want = patch(pixels)
+        torch.testing.assert_close(product(pixels), want)
+        product.product = Int8Linear(patch.weight, None)
+        got = product(pixels)
     assert got.shape == want.shape
     assert error(got.flatten(1), want.flatten(1)) < ERROR_MAX
+
+
+class SiluLevels(nn.Module):
+    def forward(self, *given: torch.Tensor) -> tuple[torch.Tensor, ...]:
+        levels, rows = torch.ops.nightjar.silu_levels(*given)
+        return levels, rows
+
+
+@pytest.mark.skipif(not has_avx512(), reason="silu_levels.c is compiled on CPUs with AVX-512 alone")
+@pytest.mark.skipif(cxx_compiler() is None, reason="no C++ compiler: nothing is compiled")
+def test_the_c_of_silu_levels_is_its_twin(tmp_path: Path) -> None:
+    generator = torch.Generator().manual_seed(3)
+    n, width = 9, 64
+    product = torch.randn(n, width, generator=generator) * torch.tensor([1e-3, 0.1, 1, 3, 10, 40, 1e3, 1, 1])[:, None]
+    product[7], product[8, 5] = 0.25, float("nan")
+    step, low, mean = torch.rand(3, n, 1, generator=generator)
+    given = (product, step + 0.5, low, mean, *torch.randn(3, width, generator=generator))
+    want_levels, want_rows = torch.ops.nightjar.silu_levels(*given)
+    program = torch.export.export(SiluLevels(), given, strict=False)
+    package = f"{tmp_path}/levels.pt2"
+    in_c = {"aot_inductor.custom_ops_to_c_shims": c_shims()}
+    torch._inductor.aoti_compile_and_package(program, package_path=package, inductor_configs=in_c)
+    levels, rows = torch._inductor.aoti_load_package(package)(*given)
+    sound = slice(0, 8)
+    assert (levels[sound].int() - want_levels[sound].int()).abs().max() <= 1
+    torch.testing.assert_close(rows[:, sound], want_rows[:, sound], rtol=2e-3, atol=1e-6)
+    assert levels[sound].unique().numel() > 100
+    assert rows[2, 8].isnan()  # a row that cannot be computed is told to whoever uses it
+    assert (levels[sound].flip(1).int() - want_levels[sound].int()).abs().max() > 50
+
+
+def test_attention_in_bf16_stays_close() -> None:
+    torch.manual_seed(2)
+    q, k, v = torch.randn(3, 4, 8, 50, 64)
+    want, got = plain_attention(q / 8, k, v, None), bf16_attention(q / 8, k, v, None)
+    assert got.dtype == torch.float32
+    assert 1e-4 < error(got.flatten(0, 2), want.flatten(0, 2)) < ERROR_MAX
+    assert error(bf16_attention(k / 8, q, v, None).flatten(0, 2), want.flatten(0, 2)) > ERROR_MAX

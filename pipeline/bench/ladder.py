@@ -128,7 +128,7 @@ class Climb:
     def _peak(self, rung: Rung) -> float:
         """GFLOP/s; of a GPU as measured when the engine was built, 0 where nobody measured it."""
         if rung.device == "cpu":
-            return gemm_peak_gflops(rung.precision, physical_cores(), repeats=3)
+            return gemm_peak_gflops(rung.precision, physical_cores())
         wanted = (rung.config.get("--runtime"), rung.precision)
         peaks = [
             card.gflop_per_s / card.peak_share

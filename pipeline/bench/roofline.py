@@ -78,7 +78,7 @@ def roofline(model: str, pictures: Path, rounds: int, limit: Limit, work: Path) 
             stages[f"{card.tower} {card.runtime} {card.precision}"] = (
                 "GFLOP/s",
                 lambda engine=engine, gflop=gflop: gflop * encoded_per_s(engine, SECONDS),  # type: ignore[misc]
-                lambda card=card: gemm_peak_gflops(card.precision, cores, repeats=3),  # type: ignore[misc]
+                lambda card=card: gemm_peak_gflops(card.precision, cores),  # type: ignore[misc]
             )
     pairs: dict[str, list[tuple[float, float]]] = {name: [] for name in stages}
     for done in range(rounds):
