@@ -77,6 +77,11 @@ def has_avx512() -> bool:
     return {"avx512f", "avx512dq"} <= cpu_flags()
 
 
+def has_avx512_bf16() -> bool:
+    """Whether attention.c runs here."""
+    return has_avx512() and "avx512_bf16" in cpu_flags()
+
+
 def physical_cores() -> int:
     """Cores this process may use: its affinity, two hardware threads counted once, and the cgroup's CPU quota."""
     allowed = os.sched_getaffinity(0)

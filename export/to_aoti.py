@@ -33,10 +33,11 @@ from torch._inductor.exc import InductorError
 from torch._inductor.utils import fresh_cache
 
 from engines import EngineUnavailable
-from engines.hardware import has_avx512, has_bf16
+from engines.hardware import has_avx512, has_avx512_bf16, has_bf16
 from engines.spec import Precision
+from export import attention, int8
 from export.cpu_form import cpu_form
-from export.int8 import c_shims, int8_tower
+from export.int8 import int8_tower
 from export.towers import Block, VisionTower, fused_attention
 
 DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}
@@ -46,17 +47,20 @@ INDUCTOR: dict[str, Any] = {"freezing": True, "cpp.dynamic_threads": True}
 def compile_tower(module: nn.Module, example: npt.NDArray[Any], precision: Precision, library: Path) -> None:
     """Write the library of `module` for batches shaped like `example`."""
     assert isinstance(module, VisionTower), "queries are few: the text tower stays with ONNX Runtime"
-    module, inductor = cpu_form(module), dict(INDUCTOR)
+    tower, c_shims = cpu_form(module), {}
     if precision == "int8":
-        module = int8_tower(module, has_bf16(), has_avx512())
-        if has_avx512():
-            inductor["aot_inductor.custom_ops_to_c_shims"] = c_shims()
+        tower = int8_tower(tower, has_bf16(), has_avx512())
+        c_shims = int8.c_shims() if has_avx512() else {}
     elif precision != "fp32":
-        module = copy.deepcopy(module).to(DTYPES[precision])
+        tower = copy.deepcopy(tower).to(DTYPES[precision])
+    if precision != "fp32" and has_avx512_bf16():
+        attention.compile_attention(tower)
+        c_shims |= attention.c_shims()
+    inductor = {**INDUCTOR, "aot_inductor.custom_ops_to_c_shims": c_shims}
     with tempfile.TemporaryDirectory(dir=library.parent, prefix=".aoti-") as scratch:
         # Inductor would leave a copy of every library in its own cache: 350 MB for each B/32 build.
         with _quiet(), fresh_cache(dir=scratch), torch.no_grad():
-            program = torch.export.export(module, (torch.from_numpy(example),), strict=False)
+            program = torch.export.export(tower, (torch.from_numpy(example),), strict=False)
             package = f"{scratch}/tower.pt2"
             try:
                 torch._inductor.aoti_compile_and_package(program, package_path=package, inductor_configs=inductor)

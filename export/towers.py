@@ -68,6 +68,14 @@ def fused_attention(q: Tensor, k: Tensor, v: Tensor, mask: Tensor | None) -> Ten
 ACTIVATIONS: dict[str, Callable[[Tensor], Tensor]] = {"quick_gelu": quick_gelu, "gelu": functional.gelu}
 
 
+def plain_attend(block: Block, qkv: Tensor) -> Tensor:
+    """Rows of q, k and v (b * tokens, 3 * width) -> what they see, (b * tokens, width)."""
+    split = qkv.view(-1, block.tokens, 3 * block.heads, block.width // block.heads)
+    q, k, v = split.transpose(1, 2).chunk(3, 1)
+    seen: Tensor = block.attention(q, k, v, block.mask).transpose(1, 2).reshape(-1, block.width)
+    return seen
+
+
 def plain_mlp(block: Block, x: Tensor) -> Tensor:
     grown: Tensor = block.fc2(block.activation(block.fc1(x)))
     return grown
@@ -78,6 +86,7 @@ class Block(nn.Module):
 
     mask: Tensor | None
     attention = staticmethod(plain_attention)
+    attend = staticmethod(plain_attend)
     mlp = staticmethod(plain_mlp)
 
     def __init__(self, layer: Any, config: Any, tokens: int, mask: Tensor | None) -> None:
@@ -91,10 +100,7 @@ class Block(nn.Module):
         self.register_buffer("mask", mask, persistent=False)
 
     def forward(self, x: Tensor) -> Tensor:
-        split = self.qkv(self.norm1(x)).view(-1, self.tokens, 3 * self.heads, self.width // self.heads)
-        q, k, v = split.transpose(1, 2).chunk(3, 1)
-        seen = self.attention(q, k, v, self.mask)
-        x = x + self.out(seen.transpose(1, 2).reshape(-1, self.width))
+        x = x + self.out(self.attend(self, self.qkv(self.norm1(x))))
         return x + self.mlp(self, self.norm2(x))
 
 

@@ -9,6 +9,7 @@ import os
 import subprocess
 import sys
 import time
+from collections.abc import Sequence
 from dataclasses import replace
 from pathlib import Path
 from types import SimpleNamespace
@@ -22,10 +23,11 @@ from runs import run_module
 
 from engines.spec import Artifact, Preprocess, find_artifact
 from pipeline.batch import BadImage
-from pipeline.bench import encoders, figures, ladder, peers, roofline, rungs, store
+from pipeline.bench import encoders, figures, ladder, null_engine, peers, roofline, rungs, store
+from pipeline.bench.__main__ import main
 from pipeline.bench.energy import joules_between, read_energy
 from pipeline.bench.pictures import Corpus, dirty_copies
-from pipeline.bench.processes import ChildFailed, Limit, OutOfTime, run_measured
+from pipeline.bench.processes import ChildFailed, Limit, Measured, OutOfTime, run_measured
 from pipeline.bench.rungs import Rung
 from pipeline.decode_cpu import decode
 
@@ -305,15 +307,48 @@ def test_the_dirty_corpus_is_what_it_says(photos: Path, tmp_path: Path) -> None:
     assert len({path.read_bytes() for path in (tmp_path / "dirty").iterdir()}) == 60
 
 
-def test_the_pipeline_with_nothing_in_its_lane_counts_every_image(tiny_model: Path, tmp_path: Path) -> None:
-    ran = run_module(
-        "pipeline.bench", "null", "--model", tiny_model, "--images", 300, 600, "--rounds", 1, "--out", tmp_path
-    )
-    assert ran.code == 0, ran.stderr
+def test_the_pipeline_with_nothing_in_its_lane_counts_every_image(
+    tiny_model: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Sizes take turns, so that a slow stretch of the host hits all of them; large ones less often."""
+    monkeypatch.setattr(null_engine, "TURNS", 2)
+    monkeypatch.setattr(null_engine, "FEW", 300)
+    asked: list[str] = []
+    measured = null_engine.run_measured
+
+    def run_measured(command: Sequence[object], limit: Limit) -> Measured:
+        asked.append(Path(str(command[command.index("--root") + 1])).name)
+        return measured(command, limit)
+
+    monkeypatch.setattr(null_engine, "run_measured", run_measured)
+    words = ["null", "--model", tiny_model, "--images", 300, 600, "--rounds", 1, "--out", tmp_path]
+    assert main([str(word) for word in words]) == 0
+    assert asked == ["null-1", "null-300", "null-600", "null-1", "null-300"]
     costs = json.loads((tmp_path / "null.json").read_text())["costs"]
-    assert [one["images"] for one in costs] == [300, 600]
-    assert all(0 < one["cpu_us"] < 20_000 for one in costs)
-    assert "cpu_us" in (tmp_path / "null.md").read_text()
+    assert [(one["images"], one["runs"]) for one in costs] == [(300, 2), (600, 1)]
+    for one in costs:
+        parts = ("coordinator_user_us", "coordinator_system_us", "lane_user_us", "lane_system_us")
+        assert 0 < one["cpu_us"] == pytest.approx(sum(one[part] for part in parts))
+        assert one["over_first"] == pytest.approx(one["cpu_us"] / costs[0]["cpu_us"])
+    assert "lane_user_us" in (tmp_path / "null.md").read_text()
+
+
+def test_a_lane_without_an_engine_does_all_its_python(tiny_model: Path, tmp_path: Path) -> None:
+    """Decoders are asked row by row; only the C beneath is left out."""
+    null_engine.little_pictures(tmp_path / "pictures", 5)
+    ran = subprocess.run(
+        null_engine.null_command(tmp_path / "pictures", tmp_path / "index", str(tiny_model)),
+        capture_output=True, text=True, check=True,
+    )  # fmt: skip
+    report = json.loads(ran.stdout.splitlines()[-1])
+    assert report["embedded"] == 5
+    assert report["decoders"] == {"simplejpeg": 5}
+
+
+def test_a_limit_that_is_reached_leaves_what_was_measured(tiny_model: Path, tmp_path: Path) -> None:
+    (found,) = null_engine.null_engine(str(tiny_model), [300], 1, Limit(0), tmp_path)
+    assert found["costs"] == []
+    assert "not reached" in found["note"]
 
 
 def test_text_towers_are_timed_by_batch(tiny_model: Path, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -11,29 +11,37 @@ import shutil
 import signal
 import time
 from itertools import pairwise
+from multiprocessing.connection import Connection
 from pathlib import Path
+from types import SimpleNamespace
 from typing import NamedTuple
+from unittest.mock import patch
 
+import numpy as np
+import numpy.typing as npt
 import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from pictures import noisy_jpeg, write_folder
 from runs import index, quarantine, vectors_by_key
 
+from pipeline.bench.null_engine import BATCH, NullEngine, little_stages
 from pipeline.config import parse_index
 from pipeline.cores import Core, divide, nodes, usable_cores
 from pipeline.devices import EngineWish, lane_specs
 from pipeline.index import run
-from pipeline.lanes import STOP_GRACE_S, Lane
+from pipeline.lane_process import lane_main
+from pipeline.lanes import STOP_GRACE_S, Board, Lane, LaneSpec
 from pipeline.messages import Chunk, Claim, Ready, Tick, Verdict
 from pipeline.scheduler import CHUNKS_PER_LANE, Sharing
 from pipeline.shares import POLICIES, PROBE_BATCHES, Pace, split
 from pipeline.stop import Stop
 from pipeline.tune.trial import sample
+from pipeline.waits import Wait
 from tests.test_never_loses import assert_adds_up, start
 
 HERE = Path(__file__).parent
-WAITED_S = 3.0  # far more than a chunk of ninety little pictures takes
+WAITED_S, ENGINE_S = 3.0, 1.0  # far more than a chunk of ninety little pictures takes
 
 
 class Shared(NamedTuple):
@@ -237,12 +245,29 @@ def test_two_lanes_on_one_cpu_give_the_same_index(photos: Path, tmp_path: Path, 
         assert not bound[0] & bound[1], "each lane has cores of its own"
 
 
-def test_a_lane_that_waits_for_others_is_not_thought_slow(photos: Path, tmp_path: Path, tiny_model: Path) -> None:
-    """Its speed counts from its first chunk on: `static` splits the work by it, and lanes do not start equally fast."""
+class SlowEngine(NullEngine):
+    def result(self, slot: int) -> npt.NDArray[np.float16]:
+        time.sleep(ENGINE_S)
+        return super().result(slot)
+
+
+def _slow_lane(spec: LaneSpec, conn: Connection, board: Board) -> None:
+    with patch("pipeline.lane_process.open_lane_engine", SlowEngine):
+        with patch("pipeline.lane_process.open_stages", little_stages):
+            lane_main(spec, conn, board)
+
+
+def test_a_wait_counts_in_the_second_it_passes_in(
+    photos: Path, tmp_path: Path, tiny_model: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """A lane's time counts from its first chunk on: `static` splits the work by its speed, and lanes do not start
+    equally fast. What its threads still wait for when the chunk ends counts as well."""
     cfg = parse_index(["--source", "folder", "--root", str(photos), "--model", str(tiny_model), "--devices", "cpu"])
     (spec,) = lane_specs(cfg.devices, cfg.source, EngineWish(cfg.artifact, "auto", "auto"), tmp_path)
     (tmp_path / "shards").mkdir()
+    monkeypatch.setattr("pipeline.lanes._child", _slow_lane)
     rows, lane = sample(cfg.source), Lane.start(spec)
+    assert len(rows) <= BATCH
     try:
         assert isinstance(lane.hear(), Ready)
         time.sleep(WAITED_S)
@@ -251,9 +276,40 @@ def test_a_lane_that_waits_for_others_is_not_thought_slow(photos: Path, tmp_path
         while not isinstance(told := lane.hear(), Tick):
             assert isinstance(told, Claim), told
             lane.tell(Verdict([True] * len(told.hashes)))
-        assert 0 < told.seconds <= time.monotonic() - start_s
+        assert ENGINE_S <= told.seconds <= time.monotonic() - start_s
+        # The decoder was through long before the engine, and its reader before that.
+        assert 0.8 * ENGINE_S < told.decode_wait_s < 1.01 * told.seconds
+        assert told.encode_wait_s < 1.01 * told.seconds - ENGINE_S
     finally:
         lane.kill()
+
+
+def test_a_wait_is_told_as_it_passes_and_once(monkeypatch: pytest.MonkeyPatch) -> None:
+    clock = SimpleNamespace(monotonic=lambda: now_s)
+    monkeypatch.setattr("pipeline.waits.time", clock)
+    now_s, wait = 10.0, Wait()
+    assert wait.untold_s() == 0
+    with wait:
+        now_s = 13.0
+        assert wait.untold_s() == 3
+        now_s = 14.0
+    now_s = 20.0
+    assert wait.untold_s() == 1
+    with wait:
+        now_s = 22.0
+    with wait:
+        now_s = 23.0
+    assert wait.untold_s() == 3
+    assert wait.untold_s() == 0
+
+
+def test_a_lane_that_is_alone_cuts_no_little_chunks() -> None:
+    """Each costs, and there is nobody to leave the rest to; but for one that is still starting."""
+    alone, two = {"a": Pace(256, 300.0)}, {"a": Pace(256, 300.0), "b": Pace(256, 300.0)}
+    ask = POLICIES["dynamic"]().chunk_rows
+    assert [ask("a", left, alone, 0) for left in (10_000, 3000, 300, 7)] == [4096, 3000, 300, 7]
+    assert ask("a", 3000, alone, 1) == ask("a", 6000, two, 0) == 768
+    assert ask("a", 3000, {"a": Pace(256, 300.0, seen=False)}, 0) == PROBE_BATCHES * 256
 
 
 def test_lanes_that_are_bound_to_no_cores_share_what_there_is(
