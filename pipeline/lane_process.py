@@ -56,6 +56,7 @@ from pipeline.posted_source import PostedSource
 from pipeline.reads import Read, Reader
 from pipeline.sources import Source
 from pipeline.store import Outcome, PendingItem, write_shard
+from pipeline.waits import Wait
 
 BATCH_BYTES_MAX = 128 << 20  # of encoded pictures read together: some batches are in memory at once, whatever they hold
 BATCHES_WITH_ENGINE = 2  # of its three buffers; the decoder fills the third
@@ -118,7 +119,8 @@ class LaneProcess:
         self.free_slots: queue.Queue[int] = queue.Queue()
         for slot in range(self.engine.slots):
             self.free_slots.put(slot)
-        self.tick, self.tick_start_s = Tick(), 0.0
+        self.read_wait, self.decode_wait, self.slot_wait, self.encode_wait = Wait(), Wait(), Wait(), Wait()
+        self.tick_rows, self.tick_start_s = 0, 0.0
 
     def run(self) -> None:
         card = self.engine.card
@@ -139,15 +141,17 @@ class LaneProcess:
             source = PostedSource(self.spec.source, self.board)
             reader = Reader(cast(Source, source), pool, READ_THREADS, lambda: self.board.stopped)
             while (chunk := self._next_chunk()) is not None:
-                # Speed counts from the first chunk: a lane may have waited for others that take longer to start.
-                self.tick_start_s = self.tick_start_s or time.monotonic()
+                if not self.tick_start_s:  # from the first chunk: a lane may wait for others that start more slowly
+                    self._next_tick()
                 work = Work(chunk)
                 source.row_ids = {row.locator: row.id for row in chunk.rows}
                 for batch in self._batches(work, reader):
-                    start = time.monotonic()
-                    self.to_decode.put((work, batch))
-                    self.tick.read_wait_s += time.monotonic() - start
-                self.to_decode.put((work, None))
+                    self._to_decode(work, batch)
+                self._to_decode(work, None)
+
+    def _to_decode(self, work: Work, batch: Batch | None) -> None:
+        with self.read_wait:
+            self.to_decode.put((work, batch))
 
     def _batches(self, work: Work, reader: Reader) -> Iterator[Batch]:
         """Full batches of contents that nobody has computed yet; failed reads and copies get their outcome here."""
@@ -199,15 +203,13 @@ class LaneProcess:
 
     def _decode_loop(self) -> None:
         while True:
-            start = time.monotonic()
-            work, batch = self.to_decode.get()
-            got = time.monotonic()
-            self.tick.decode_wait_s += got - start
+            with self.decode_wait:
+                work, batch = self.to_decode.get()
             if batch is not None:
                 if self.board.stopped:
                     continue
-                batch.slot = self.free_slots.get()
-                self.tick.slot_wait_s += time.monotonic() - got
+                with self.slot_wait:
+                    batch.slot = self.free_slots.get()
                 self._post(batch)
                 batch = self.stages(batch, self.engine.input(batch.slot))
             self.to_encode.put((work, batch))
@@ -228,9 +230,8 @@ class LaneProcess:
         running: deque[tuple[Work, Batch | None]] = deque()
         while True:
             try:
-                start = time.monotonic()
-                work, batch = self.to_encode.get(block=not running)
-                self.tick.encode_wait_s += time.monotonic() - start
+                with self.encode_wait:
+                    work, batch = self.to_encode.get(block=not running)
             except queue.Empty:  # nothing to launch now: wait for the engine instead
                 self._settle(*running.popleft())
                 continue
@@ -270,7 +271,7 @@ class LaneProcess:
                 work.outcomes.append(Outcome(row_id, "embedded", work.hashes[row_id], mark=batch.marks.get(row, "")))
         work.emb_blocks.append(emb_nd[good])
         work.decoders.update(batch.decoders)
-        self.tick.rows += rows
+        self.tick_rows += rows
         if time.monotonic() - self.tick_start_s >= TICK_S:
             self._report_tick()
 
@@ -290,11 +291,22 @@ class LaneProcess:
     # ---- all -------------------------------------------------------------------------------------------------------
 
     def _report_tick(self) -> None:
+        if (tick := self._next_tick()).rows:
+            self._send(tick)
+
+    def _next_tick(self) -> Tick:
+        """Begins another one. The threads go on meanwhile: a wait counts in both, up to here and from here."""
         now = time.monotonic()
-        done, self.tick = self.tick, Tick()
-        done.seconds, self.tick_start_s = now - self.tick_start_s, now
-        if done.rows:
-            self._send(done)
+        ended = Tick(
+            self.tick_rows,
+            self.read_wait.untold_s(),
+            self.decode_wait.untold_s(),
+            self.slot_wait.untold_s(),
+            self.encode_wait.untold_s(),
+            now - self.tick_start_s,
+        )
+        self.tick_rows, self.tick_start_s = 0, now
+        return ended
 
     def _send(self, message: Message) -> None:
         with self.send_lock:

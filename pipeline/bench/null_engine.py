@@ -1,6 +1,10 @@
-"""`bench null`: what the pipeline itself costs an image: real files, store and work sharing, but decoder and engine do
-nothing. CPU time of all processes, without imports and lists (of the engine's few vectors they mean nothing); the cost
-of a run over one image is taken off.
+"""`bench null`: what the pipeline itself costs an image: real files, store, work sharing and all that a CPU lane does
+in Python. What is C in it, decoding, resizing and the engine, gives the same little arrays for whatever it is given.
+
+CPU time of all processes of a whole run, publishing included, without imports and lists (of the engine's few vectors
+they mean nothing); what a run over one image takes is taken off. Nothing else is: what a thousand images cost is told
+with the chunks they are cut into. `lane_user_us` is the Python of a lane and the C that is left to it, hashing, msgpack
+and HDF5: an upper bound of its Python.
 
     python -m pipeline.bench.null_engine --source folder ...     is `pipeline.index` with such a lane
 
@@ -13,6 +17,7 @@ import json
 import multiprocessing
 import os
 import resource
+import shutil
 import statistics
 import sys
 from collections.abc import Iterator
@@ -27,16 +32,17 @@ from PIL import Image
 
 from engines import Engine, choose
 from engines.spec import Artifact
-from pipeline import index, lane_process
-from pipeline.batch import Batch
+from pipeline import index, lane_process, stages_cpu
 from pipeline.bench.pictures import unique_copies
 from pipeline.bench.processes import Limit, OutOfTime, run_measured
 from pipeline.config import parse_index
 from pipeline.lanes import Board, LaneSpec
+from pipeline.stages_cpu import CpuStages
 from pipeline.stop import Stop
 from pipeline.store import ann
 
-BATCH = 256
+BATCH, SIZE = 256, 1
+TURNS, FEW = 10, 5000  # a round has so many runs over one image and over a few: start-up is half of those, and varies
 
 
 class NullEngine:
@@ -49,10 +55,11 @@ class NullEngine:
         self.card = replace(card, runtime="null", batch=BATCH, rows_per_s=20_000.0)
         emb_nd = np.random.default_rng(0).standard_normal((BATCH, card.dim))
         self._emb_nd = (emb_nd / np.linalg.norm(emb_nd, axis=1, keepdims=True)).astype(np.float16)
+        self._pixels_nchw = np.zeros((BATCH, 3, SIZE, SIZE), np.float32)
         self._rows = [0] * self.slots
 
-    def input(self, slot: int) -> None:
-        return None
+    def input(self, slot: int) -> npt.NDArray[np.float32]:
+        return self._pixels_nchw
 
     def launch(self, slot: int, n: int) -> None:
         self._rows[slot] = n
@@ -62,25 +69,19 @@ class NullEngine:
         return emb_nd.copy()
 
 
-class NullStages:
-    def __call__(self, batch: Batch, out: None) -> Batch:
-        batch.encoded, batch.pixels_rows = None, len(batch.ids)
-        return batch
-
-    def close(self) -> None:
-        pass
-
-
-def _no_stages(spec: LaneSpec, board: Board, engine: Engine) -> NullStages:
-    return NullStages()
+def little_stages(spec: LaneSpec, board: Board, engine: Engine) -> CpuStages:
+    return CpuStages(replace(spec.preprocess, size=SIZE), spec.decode_threads, board)
 
 
 def main(argv: list[str] | None = None) -> None:
     """One JSON line: images embedded, and what that took from start to end of the run, imports not counted."""
+    pixel_hwc, pixel_chw = np.zeros((SIZE, SIZE, 3), np.uint8), np.zeros((3, SIZE, SIZE), np.uint8)
     forked = multiprocessing.get_context("fork")  # so that lanes inherit the patches; nothing here has used OpenMP
     with (
         patch.object(lane_process, "open_lane_engine", NullEngine),
-        patch.object(lane_process, "open_stages", _no_stages),
+        patch.object(lane_process, "open_stages", little_stages),
+        patch("pipeline.decode_cpu.simplejpeg.decode_jpeg", lambda _, **__: pixel_hwc),
+        patch.object(stages_cpu, "resize_crop", lambda *_: pixel_chw),
         patch("pipeline.lanes.multiprocessing.get_context", lambda _: forked),
         patch.object(ann, "update", lambda *_: None),
     ):
@@ -111,34 +112,45 @@ def little_pictures(folder: Path, count: int) -> None:
 
 
 def null_engine(model: str, counts: list[int], rounds: int, limit: Limit, work: Path) -> Iterator[dict[str, Any]]:
-    """CPU us per image by number of images. Larger counts get fewer rounds: their share of start-up is smaller."""
-    used: dict[int, list[dict[str, float]]] = {}
+    """CPU us per image by number of images, medians of runs that take turns."""
+    used: dict[int, list[dict[str, float]]] = {count: [] for count in (1, *counts)}
     whole: dict[str, Any] = {"model": model, "costs": []}
-    for count in (1, *counts):
-        little_pictures(work / f"null-{count}", count)
+    try:
+        for count in used:
+            little_pictures(work / f"null-{count}", count)
         os.sync()
-        for turn in range(rounds if count < 50_000 else 1):
-            out = work / f"null-{count}-{turn}"
-            try:
-                done = run_measured(null_command(work / f"null-{count}", out, model), limit).result
-            except OutOfTime as error:
-                whole["costs"].append({"images": count, "note": str(error)})
-                yield whole
-                return
-            assert done["embedded"] == count, done
-            used.setdefault(count, []).append({**done["cpu_s"], "wall": done["seconds"]})
-        if count > 1:
-            whole["costs"].append(_cost(count, used))
-            whole["costs"][-1]["over_first"] = whole["costs"][-1]["cpu_us"] / whole["costs"][0]["cpu_us"]
+        for turn in range(rounds * TURNS):
+            for count, runs in used.items():
+                if turn % TURNS == 0 or count <= FEW:
+                    runs.append(_run(work / f"null-{count}", work / "null-index", model, count, limit))
+            whole["costs"] = _costs(used)
             yield whole
+    except OutOfTime as error:
+        yield {**whole, "costs": _costs(used), "note": str(error)}
 
 
-def _cost(count: int, used: dict[int, list[dict[str, float]]]) -> dict[str, float]:
-    """Medians, the cost of a run over one image taken off."""
-    median = {n: {name: statistics.median(one[name] for one in used[n]) for name in used[n][0]} for n in (1, count)}
-    us = {name: 1e6 * (median[count][name] - median[1][name]) / (count - 1) for name in median[1]}
-    cpu_us = sum(value for name, value in us.items() if name != "wall")
-    return {"images": count, "cpu_us": cpu_us, **{f"{name}_us".replace(" ", "_"): value for name, value in us.items()}}
+def _run(folder: Path, out: Path, model: str, count: int, limit: Limit) -> dict[str, float]:
+    done = run_measured(null_command(folder, out, model), limit).result
+    assert done["embedded"] == count, done
+    shutil.rmtree(out)
+    return {**done["cpu_s"], "wall": done["seconds"]}
+
+
+def _costs(used: dict[int, list[dict[str, float]]]) -> list[dict[str, float]]:
+    """Medians, those of a run over one image taken off."""
+    median = {
+        count: {name: statistics.median(run[name] for run in runs) for name in runs[0]}
+        for count, runs in used.items()
+        if runs
+    }
+    once = median.pop(1, {})
+    costs: list[dict[str, float]] = []
+    for count, seconds in median.items():
+        us = {f"{name}_us".replace(" ", "_"): 1e6 * (seconds[name] - once[name]) / (count - 1) for name in seconds}
+        cpu_us = sum(us.values()) - us["wall_us"]
+        over_first = cpu_us / costs[0]["cpu_us"] if costs else 1.0
+        costs.append({"images": count, "runs": len(used[count]), "cpu_us": cpu_us, **us, "over_first": over_first})
+    return costs
 
 
 if __name__ == "__main__":
