@@ -79,11 +79,9 @@ def test_a_lane_that_is_killed_whatever_it_does_leaves_its_work_to_the_other(tmp
     env = fakes(tmp_path, kill_lane="cpu/0", wait_for_kill=2, batch=4, start_together=2, rows_per_s=speeds)
     ran = index(tmp_path / "photos", tmp_path / "index", "--model", tiny_model, "--devices", "cpu,cpu", env=env)
     assert ran.code == 0, ran.stderr
-    # Mostly three; more where deaths leave a question open because the lane has a picture alone: once 30 in seven runs.
-    words = r"cpu/0 is given up, the run goes on with cpu/1: cpu/0 was killed (\d+) times in a row"
-    given_up = re.search(words, ran.stderr)
-    assert given_up, ran.stderr
-    assert 3 <= int(given_up[1]) <= LANE_KILLS_MAX
+    # Four where the third death left a question open: it had a picture alone.
+    words = r"cpu/0 is given up, the run goes on with cpu/1: cpu/0 was killed [34] times in a row"
+    assert re.search(words, ran.stderr), ran.stderr
     assert (ran.report["embedded"], quarantine(tmp_path / "index")) == (60, {})
 
 

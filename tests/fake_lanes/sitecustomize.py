@@ -8,7 +8,7 @@
      "decode_s": 0.2,                           more than it takes, for each picture
      "engine_dies_s": 0.1,                      after its first batch
      "kill_rows": 2,                            of a batch, or more: with those the lane is killed
-     "kill_lane": "cpu/0", "wait_for_kill": 2,  whatever it decodes; others finish nothing before its third time
+     "kill_lane": "cpu/0", "wait_for_kill": 2,  whatever it decodes; others wait until JUDGED_S after its third death
      "kills": 2,                                at most, of all lanes
      "write_s": 2,                              of a shard, beside which `writing` appears
      "write_dies": true,                        after that
@@ -47,6 +47,7 @@ if "memory_bytes" in ORDERS:
     devices.memory_limit_bytes = lambda: ORDERS["memory_bytes"]
 
 
+JUDGED_S = 6.0  # the coordinator has judged a kill, and another start and death of that lane, if there is one
 dying = threading.Lock()  # of several threads that decode, one is killed: each kill counts once
 
 
@@ -56,6 +57,10 @@ def be_killed() -> None:
             if not (told := HOME / f"killed-{number}").exists():
                 told.touch()
                 os.kill(os.getpid(), signal.SIGKILL)
+
+
+def _s_since(path: Path) -> float:
+    return time.time() - path.stat().st_mtime if path.exists() else 0.0
 
 
 class FakeEngine:
@@ -88,7 +93,7 @@ class FakeEngine:
 
     def result(self, slot: int) -> Any:
         emb_nd = self.inside.result(slot)
-        while "wait_for_kill" in ORDERS and not (HOME / f"killed-{ORDERS['wait_for_kill']}").exists():
+        while "wait_for_kill" in ORDERS and _s_since(HOME / f"killed-{ORDERS['wait_for_kill']}") < JUDGED_S:
             time.sleep(0.01)
         time.sleep(max(0.0, self.done_s[slot] - time.monotonic()))
         span = {"rows": self.rows, "first_s": self.first_s, "last_s": time.monotonic()}
