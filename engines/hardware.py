@@ -82,6 +82,11 @@ def has_avx512_bf16() -> bool:
     return has_avx512() and "avx512_bf16" in cpu_flags()
 
 
+def has_product_kernel() -> bool:
+    """Whether product.c runs here and is faster than oneDNN: measured on AMD alone. CPUs with AMX are not for it."""
+    return cpu_info().get("vendor_id") == "AuthenticAMD" and {"avx512_bf16", "avx512_vnni"} <= cpu_flags()
+
+
 def physical_cores() -> int:
     """Cores this process may use: its affinity, two hardware threads counted once, and the cgroup's CPU quota."""
     allowed = os.sched_getaffinity(0)

@@ -1,13 +1,12 @@
 /* Attention of pictures in bf16, from the rows of q, k and v as one product made them; part of a compiled library.
  *
- * export/attention.py states the same in torch, and export/to_aoti.py puts this text into the library. With 50 tokens
+ * export/attention.py states the same in torch, and export/to_aoti.py puts it into the library. With 50 tokens
  * the products are so small that rearranging rows for them, a call for each and the passes of softmax cost three times
  * what they compute. Here one picture and head at a time stays in the first-level cache: k is turned so that 16 scores
  * are neighbours, v is paired so that two tokens are multiplied at once (VDPBF16PS), four rows of q share every load.
  * Scores, softmax and sums are fp32; the probabilities are rounded to bf16 as in torch, and divided by their sum last.
  */
-int nightjar_attention_follows(void); /* whoever inserts this text writes `extern` before and `;` behind it */
-#include <immintrin.h>
+#include "vectors.h"
 
 #define HEAD 64              /* values of a head */
 #define PAIRS (HEAD / 2)     /* VDPBF16PS multiplies two at a time */
@@ -38,18 +37,6 @@ static inline __attribute__((always_inline)) void nightjar_transpose16(const __m
 
 static inline __attribute__((always_inline)) __m512 nightjar_dot(__m512 sum, __m512i a, __m512i b) {
     return _mm512_dpbf16_ps(sum, (__m512bh)a, (__m512bh)b);
-}
-
-static inline __attribute__((always_inline)) __m512 nightjar_exp(__m512 x) {
-    /* 2^power = 2^whole * 2^fraction, the latter in [-.5, .5] by its Taylor series: 4e-5 of the value */
-    const __m512 power = _mm512_max_ps(_mm512_mul_ps(x, _mm512_set1_ps(1.442695041f)), _mm512_set1_ps(-126));
-    const __m512 fraction = _mm512_reduce_ps(power, _MM_FROUND_TO_NEAREST_INT | _MM_FROUND_NO_EXC);
-    __m512 e = _mm512_set1_ps(0.009618129f);
-    e = _mm512_fmadd_ps(e, fraction, _mm512_set1_ps(0.055504109f));
-    e = _mm512_fmadd_ps(e, fraction, _mm512_set1_ps(0.240226507f));
-    e = _mm512_fmadd_ps(e, fraction, _mm512_set1_ps(0.693147181f));
-    e = _mm512_fmadd_ps(e, fraction, _mm512_set1_ps(1));
-    return _mm512_scalef_ps(e, _mm512_sub_ps(power, fraction));
 }
 
 __attribute__((optimize("O3"))) static void nightjar_attend(const uint16_t *q, int64_t tokens, int64_t width, uint16_t *out) {

@@ -14,6 +14,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from export.in_c import shims
 from export.towers import Block, VisionTower, plain_attention
 
 ATTENTION = Path(__file__).with_name("attention.c")
@@ -51,5 +52,4 @@ def compile_attention(tower: VisionTower) -> None:
 
 
 def c_shims() -> dict[Any, list[str]]:
-    """The operation as C in a compiled library, as torch's compiler wants to be told."""
-    return {torch.ops.nightjar.attention.default: [ATTENTION.read_text().rstrip()]}
+    return shims(ATTENTION, torch.ops.nightjar.attention.default)

@@ -20,6 +20,7 @@ import torch
 from torch import Tensor, nn
 from torch.nn.functional import silu
 
+from export.in_c import shims
 from export.towers import Block, VisionTower, plain_attention
 
 LEVELS = 255  # between the smallest and the largest value of a row
@@ -66,10 +67,8 @@ class Int8Linear(nn.Module):
         self.register_buffer("true_ones", weight_oi.sum(1))  # with the weights before they were rounded
         self.register_buffer("bias", torch.zeros(len(scale_o)) if bias is None else bias.detach().float())
 
-    def forward(self, x: Tensor) -> Tensor:
-        return self.of_rows(levels_of(x))
-
-    def of_rows(self, rows: Rows) -> Tensor:
+    def forward(self, x: Tensor | Rows) -> Tensor:
+        rows = x if isinstance(x, Rows) else levels_of(x)
         return _corrected(self.product(rows.levels), rows.step, rows.low, rows.mean, *self.correction)
 
     def product(self, levels: Tensor) -> Tensor:
@@ -114,17 +113,15 @@ def _silu_levels_shapes(product: Tensor, *_: Tensor) -> tuple[Tensor, Tensor]:
     return product.new_empty(product.shape, dtype=torch.uint8), product.new_empty(3, len(product))
 
 
-def silu_mlp(block: Block, x: Tensor) -> Tensor:
-    """As `plain_mlp` with SiLU between two 8-bit products, whose activations are written in 8 bits alone."""
+def silu_hidden(block: Block, x: Tensor) -> Rows:
+    """As `plain_hidden` with SiLU between two 8-bit products, whose activations are written in 8 bits alone."""
     rows = levels_of(x)
     levels, of_rows = silu_levels(block.fc1.product(rows.levels), *rows[1:], *block.fc1.correction)
-    grown: Tensor = block.fc2.of_rows(Rows(levels, *of_rows.unsqueeze(-1).unbind()))
-    return grown
+    return Rows(levels, *of_rows.unsqueeze(-1).unbind())
 
 
 def c_shims() -> dict[Any, list[str]]:
-    """Operations of this module that are C in a compiled library, as torch's compiler wants to be told."""
-    return {torch.ops.nightjar.silu_levels.default: [SILU_LEVELS.read_text().rstrip()]}
+    return shims(SILU_LEVELS, torch.ops.nightjar.silu_levels.default)
 
 
 def bf16_attention(q: Tensor, k: Tensor, v: Tensor, mask: Tensor | None) -> Tensor:
@@ -143,7 +140,7 @@ def int8_tower(tower: VisionTower, bf16: bool, avx512: bool) -> VisionTower:
         if bf16:
             block.attention = bf16_attention
         if avx512 and block.activation is silu and block.fc1.out_features % SIXTEEN == 0:
-            block.mlp = silu_mlp
+            block.hidden = silu_hidden
     for parent in (tower.patch, *tower.blocks, tower.last):
         for name, layer in list(parent.named_children()):
             if isinstance(layer, nn.Linear):

@@ -33,9 +33,9 @@ from torch._inductor.exc import InductorError
 from torch._inductor.utils import fresh_cache
 
 from engines import EngineUnavailable
-from engines.hardware import has_avx512, has_avx512_bf16, has_bf16
+from engines.hardware import has_avx512, has_avx512_bf16, has_bf16, has_product_kernel
 from engines.spec import Precision
-from export import attention, int8
+from export import attention, int8, products
 from export.cpu_form import cpu_form
 from export.int8 import int8_tower
 from export.towers import Block, VisionTower, fused_attention
@@ -53,6 +53,9 @@ def compile_tower(module: nn.Module, example: npt.NDArray[Any], precision: Preci
         c_shims = int8.c_shims() if has_avx512() else {}
     elif precision != "fp32":
         tower = copy.deepcopy(tower).to(DTYPES[precision])
+    if precision != "int8" and has_product_kernel():
+        products.pack_products(tower)
+        c_shims |= products.c_shims()
     if precision != "fp32" and has_avx512_bf16():
         attention.compile_attention(tower)
         c_shims |= attention.c_shims()

@@ -76,9 +76,16 @@ def plain_attend(block: Block, qkv: Tensor) -> Tensor:
     return seen
 
 
-def plain_mlp(block: Block, x: Tensor) -> Tensor:
-    grown: Tensor = block.fc2(block.activation(block.fc1(x)))
-    return grown
+def plain_hidden(block: Block, x: Tensor) -> Tensor:
+    """The activations between the two products of an MLP."""
+    hidden: Tensor = block.activation(block.fc1(x))
+    return hidden
+
+
+def plain_add(layer: nn.Module, x: Tensor, stream: Tensor) -> Tensor:
+    """The residual stream and what `layer` makes of x."""
+    added: Tensor = stream + layer(x)
+    return added
 
 
 class Block(nn.Module):
@@ -87,7 +94,8 @@ class Block(nn.Module):
     mask: Tensor | None
     attention = staticmethod(plain_attention)
     attend = staticmethod(plain_attend)
-    mlp = staticmethod(plain_mlp)
+    hidden = staticmethod(plain_hidden)
+    add = staticmethod(plain_add)
 
     def __init__(self, layer: Any, config: Any, tokens: int, mask: Tensor | None) -> None:
         super().__init__()
@@ -100,8 +108,8 @@ class Block(nn.Module):
         self.register_buffer("mask", mask, persistent=False)
 
     def forward(self, x: Tensor) -> Tensor:
-        x = x + self.out(self.attend(self, self.qkv(self.norm1(x))))
-        return x + self.mlp(self, self.norm2(x))
+        x = self.add(self.out, self.attend(self, self.qkv(self.norm1(x))), x)
+        return self.add(self.fc2, self.hidden(self, self.norm2(x)), x)
 
 
 class LastBlock(Block):
@@ -124,8 +132,8 @@ class LastBlock(Block):
         q = self.q(asked).view(-1, self.heads, 1, self.width // self.heads)
         mask = None if self.mask is None else self.mask[place][:, None, None]
         seen = self.attention(q, k, v, mask)
-        rest: Tensor = pooled + self.out(seen.view(-1, self.width))
-        return rest + self.mlp(self, self.norm2(rest))
+        rest = self.add(self.out, seen.view(-1, self.width), pooled)
+        return self.add(self.fc2, self.hidden(self, self.norm2(rest)), rest)
 
     def _pooled(self, x: Tensor, place: Tensor | None) -> Tensor:
         by_row = x.view(-1, self.tokens, self.width)

@@ -21,7 +21,7 @@ def test_tree_matches_the_disk() -> None:
     listed = {line.split()[0] for line in block.strip().splitlines()}
     listing = subprocess.run(["git", "ls-files"], cwd=ROOT, capture_output=True, text=True, check=True)
     tracked = listing.stdout.splitlines()
-    code = {path for path in tracked if path.endswith((".py", ".c")) and not path.endswith("__init__.py")}
+    code = {path for path in tracked if path.endswith((".py", ".c", ".h")) and not path.endswith("__init__.py")}
     on_disk = {path for path in code if not path.startswith("tests/")} | {"tests/"}
     assert listed == on_disk
 
