@@ -73,7 +73,7 @@ def has_int8() -> bool:
 
 
 def has_avx512() -> bool:
-    """Whether silu_levels.c runs here."""
+    """Whether levels.c runs here."""
     return {"avx512f", "avx512dq"} <= cpu_flags()
 
 
@@ -83,7 +83,7 @@ def has_avx512_bf16() -> bool:
 
 
 def has_product_kernel() -> bool:
-    """Whether product.c runs here and is faster than oneDNN: measured on AMD alone. CPUs with AMX are not for it."""
+    """Whether product.c runs here and is faster than oneDNN: measured on AMD alone, and never on a CPU with AMX."""
     return cpu_info().get("vendor_id") == "AuthenticAMD" and {"avx512_bf16", "avx512_vnni"} <= cpu_flags()
 
 

@@ -6,9 +6,10 @@ from pathlib import Path
 from typing import Any
 
 
-def shims(source: Path, operation: Any) -> dict[Any, list[str]]:
-    """`source` defines `aoti_torch_cpu_<name of operation>`.
+def shims(source: Path, *operations: Any) -> dict[Any, list[str]]:
+    """`source` defines `aoti_torch_cpu_<name>` for each operation.
 
-    The compiler writes `extern` before the text and `;` behind it, inside `extern "C"`, and calls what that declares.
+    The compiler writes `extern` before a text and `;` behind it, inside `extern "C"`, and calls what that declares.
     """
-    return {operation: [f'int nightjar_{source.stem}_follows(void);\n#include "{source}"\n']}
+    text = f'int nightjar_{source.stem}_follows(void);\n#include "{source}"\n'
+    return {operation: [text] if operation is operations[0] else [] for operation in operations}

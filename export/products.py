@@ -1,10 +1,10 @@
 """Products of rows with weights on AMD's CPUs, as one operation with what follows: bias, SiLU, the residual stream.
 
-    pack_products(towers.vision)      # in place, fp32 or bf16
+    pack_products(towers.vision)      # in place, fp32 or bf16; `export.int8` packs 8-bit weights itself
 
 In a compiled library it is `product.c`; in torch it is the same in parts. With the shapes of B/32 oneDNN reaches .81 of
-what the vector units of a Zen 5 can in bf16, product.c .94; a whole tower is 1.07 times as fast, in fp32 1.06
-(docs/LOG.md).
+what the vector units of a Zen 5 can in bf16, product.c .94; a whole tower is 1.07 times as fast, 1.06 in fp32, 1.04 in
+8 bits (docs/LOG.md).
 """
 
 from __future__ import annotations
@@ -34,8 +34,8 @@ def unpack(packed: Tensor) -> Tensor:
     return packed.transpose(1, 2).reshape(packed.shape[0] * PANEL, -1)
 
 
-def can_pack(layer: nn.Linear) -> bool:
-    return layer.out_features % PANEL == 0 and layer.in_features * layer.weight.element_size() % WORD == 0
+def can_pack(layer: nn.Linear, value_bytes: int) -> bool:
+    return layer.out_features % PANEL == 0 and layer.in_features * value_bytes % WORD == 0
 
 
 def _product(x: Tensor, packed: Tensor, bias: Tensor, add: Tensor | None, silu: bool) -> Tensor:
@@ -55,6 +55,30 @@ product = torch.library.custom_op(
 @product.register_fake
 def _product_shape(x: Tensor, packed: Tensor, *_: object) -> Tensor:
     return x.new_empty(len(x), packed.shape[0] * PANEL)
+
+
+def _product_of_levels(
+    levels: Tensor, packed: Tensor, columns: Tensor, rows: Tensor, add: Tensor | None, silu: bool, bf16: bool
+) -> Tensor:
+    (scale, ones, true_ones, bias), (step, low, mean) = columns, rows[:, :, None]
+    product = functional.linear(levels.double(), unpack(packed).double()).float() * scale
+    corrected = product * step + ((low - mean) * ones + mean * true_ones + bias)
+    made = functional.silu(corrected) if silu else corrected
+    return (made if add is None else made + add).to(torch.bfloat16 if bf16 else torch.float32)
+
+
+product_of_levels = torch.library.custom_op(
+    "nightjar::product_of_levels",
+    _product_of_levels,
+    mutates_args=(),
+    schema="(Tensor levels, Tensor packed, Tensor columns, Tensor rows, Tensor? add, bool silu, bool bf16) -> Tensor",
+)
+
+
+@product_of_levels.register_fake
+def _product_of_levels_shape(levels: Tensor, packed: Tensor, *given: Any) -> Tensor:
+    dtype = torch.bfloat16 if given[-1] else torch.float32
+    return levels.new_empty(len(levels), packed.shape[0] * PANEL, dtype=dtype)
 
 
 class PackedLinear(nn.Module):
@@ -85,11 +109,11 @@ def pack_products(tower: VisionTower) -> None:
     """Let every product of `tower` that product.c covers use it."""
     for block in (*tower.blocks, tower.last):
         assert isinstance(block, Block)
-        if block.activation is functional.silu and can_pack(block.fc1):
+        if block.activation is functional.silu and can_pack(block.fc1, block.fc1.weight.element_size()):
             block.fc1, block.activation = PackedLinear(block.fc1, silu=True), nn.Identity()
     for parent in (tower, tower.patch, *tower.blocks, tower.last):
         for name, layer in list(parent.named_children()):
-            if isinstance(layer, nn.Linear) and can_pack(layer):
+            if isinstance(layer, nn.Linear) and can_pack(layer, layer.weight.element_size()):
                 setattr(parent, name, PackedLinear(layer))
     for block in (*tower.blocks, tower.last):
         if isinstance(block.out, PackedLinear) and isinstance(block.fc2, PackedLinear):
@@ -97,4 +121,5 @@ def pack_products(tower: VisionTower) -> None:
 
 
 def c_shims() -> dict[Any, list[str]]:
-    return shims(PRODUCT, torch.ops.nightjar.product.default)
+    operations = torch.ops.nightjar
+    return shims(PRODUCT, operations.product.default, operations.product_of_levels.default)

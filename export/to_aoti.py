@@ -49,13 +49,14 @@ def compile_tower(module: nn.Module, example: npt.NDArray[Any], precision: Preci
     assert isinstance(module, VisionTower), "queries are few: the text tower stays with ONNX Runtime"
     tower, c_shims = cpu_form(module), {}
     if precision == "int8":
-        tower = int8_tower(tower, has_bf16(), has_avx512())
+        tower = int8_tower(tower, has_bf16(), has_avx512(), has_product_kernel())
         c_shims = int8.c_shims() if has_avx512() else {}
     elif precision != "fp32":
         tower = copy.deepcopy(tower).to(DTYPES[precision])
-    if precision != "int8" and has_product_kernel():
-        products.pack_products(tower)
+    if has_product_kernel():
         c_shims |= products.c_shims()
+        if precision != "int8":  # which packs its own
+            products.pack_products(tower)
     if precision != "fp32" and has_avx512_bf16():
         attention.compile_attention(tower)
         c_shims |= attention.c_shims()

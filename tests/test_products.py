@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 from pathlib import Path
 
 import pytest
@@ -11,12 +12,14 @@ from torch import Tensor, nn
 
 from engines.hardware import cxx_compiler, has_product_kernel
 from export.cpu_form import cpu_form
+from export.int8 import PackedInt8Linear
 from export.products import PANEL, PackedLinear, _product, c_shims, pack, pack_products, unpack
 from export.random_model import ARCHS, byte_vocab, random_clip
 from export.towers import rewrite
 
 ROWS, INPUTS, OUTPUTS = (1, 5, 6, 7, 12, 50), 96, 3 * PANEL  # a part of a strip of six rows, one, one and a part, two
 TOLERANCE = {torch.float32: 1e-5, torch.bfloat16: 0.02}  # of values around 1
+LEVEL = 0.005  # what one of 256 may change: whether one half is rounded up differs
 
 
 class Each(nn.Module):
@@ -54,6 +57,36 @@ def test_the_c_of_products_is_its_twin(dtype: torch.dtype, tmp_path: Path) -> No
         assert made.shape == wanted.shape
         assert (made.float() - wanted).abs().max() < TOLERANCE[dtype]
         assert (made.float().flip(1) - wanted).abs().max() > 10 * TOLERANCE[dtype]
+
+
+class EachOfLevels(nn.Module):
+    def __init__(self, linear: nn.Linear) -> None:
+        super().__init__()
+        hows = itertools.product((False, True), repeat=2)
+        self.layers = nn.ModuleList(PackedInt8Linear(linear, silu=silu, bf16=bf16) for silu, bf16 in hows)
+
+    def forward(self, *x_and_stream: Tensor) -> tuple[Tensor, ...]:
+        made: list[Tensor] = []
+        for x, stream in zip(x_and_stream[::2], x_and_stream[1::2], strict=True):
+            for layer in self.layers:
+                made += [layer(x), layer(x, stream.bfloat16() if layer.bf16 else stream)]
+        return tuple(made)
+
+
+@pytest.mark.skipif(not has_product_kernel(), reason="product.c is compiled on AMD's CPUs with AVX512-BF16 alone")
+@pytest.mark.skipif(cxx_compiler() is None, reason="no C++ compiler: nothing is compiled")
+def test_the_c_of_products_of_levels_is_its_twin(tmp_path: Path) -> None:
+    torch.manual_seed(3)
+    each = EachOfLevels(nn.Linear(INPUTS, OUTPUTS))
+    given = tuple(torch.randn(n, width) for n in ROWS for width in (INPUTS, OUTPUTS))
+    program = torch.export.export(each, given, strict=False)
+    package, in_c = f"{tmp_path}/each.pt2", {"aot_inductor.custom_ops_to_c_shims": c_shims()}
+    torch._inductor.aoti_compile_and_package(program, package_path=package, inductor_configs=in_c)
+    for made, want in zip(torch._inductor.aoti_load_package(package)(*given), each(*given), strict=True):
+        assert (made.dtype, made.shape) == (want.dtype, want.shape)
+        tolerance = TOLERANCE[torch.bfloat16] if made.dtype == torch.bfloat16 else LEVEL
+        assert (made.float() - want.float()).abs().max() < tolerance
+        assert (made.float().flip(1) - want.float()).abs().max() > 10 * tolerance
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
