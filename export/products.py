@@ -39,9 +39,12 @@ def can_pack(layer: nn.Linear, value_bytes: int) -> bool:
 
 
 def _product(x: Tensor, packed: Tensor, bias: Tensor, add: Tensor | None, silu: bool) -> Tensor:
-    product = functional.linear(x.float(), unpack(packed).float(), bias)
-    made = functional.silu(product) if silu else product
-    return (made if add is None else made + add).to(x.dtype)
+    return _followed(functional.linear(x.float(), unpack(packed).float(), bias), add, silu, x.dtype)
+
+
+def _followed(made: Tensor, add: Tensor | None, silu: bool, dtype: torch.dtype) -> Tensor:
+    made = functional.silu(made) if silu else made
+    return (made if add is None else made + add).to(dtype)
 
 
 product = torch.library.custom_op(
@@ -63,8 +66,7 @@ def _product_of_levels(
     (scale, ones, true_ones, bias), (step, low, mean) = columns, rows[:, :, None]
     product = functional.linear(levels.double(), unpack(packed).double()).float() * scale
     corrected = product * step + ((low - mean) * ones + mean * true_ones + bias)
-    made = functional.silu(corrected) if silu else corrected
-    return (made if add is None else made + add).to(torch.bfloat16 if bf16 else torch.float32)
+    return _followed(corrected, add, silu, torch.bfloat16 if bf16 else torch.float32)
 
 
 product_of_levels = torch.library.custom_op(
