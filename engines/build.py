@@ -49,7 +49,7 @@ from engines.spec import Artifact, EngineCard, artifacts_root, default_model, wo
 
 log = logging.getLogger(__name__)
 
-RECIPE = 3  # raise it when the same graph would be built differently: engines of another recipe are built again
+RECIPE = 4  # raise it when the same graph would be built differently: engines of another recipe are built again
 
 
 @dataclass

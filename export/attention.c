@@ -35,8 +35,23 @@ static inline __attribute__((always_inline)) void nightjar_transpose16(const __m
     }
 }
 
-static inline __attribute__((always_inline)) __m512 nightjar_dot(__m512 sum, __m512i a, __m512i b) {
-    return _mm512_dpbf16_ps(sum, (__m512bh)a, (__m512bh)b);
+/* sums += asked times each of four neighbours, for every row: the loads of the four are shared. */
+static inline __attribute__((always_inline)) void nightjar_dots(
+    __m512 sums[ROWS][4], const int32_t *const *asks, int64_t pair, const __m512i *with) {
+    __m512i four[4];
+    for (int c = 0; c < 4; c++) {
+        four[c] = _mm512_load_si512(with + c);
+        __asm__("" : "+v"(four[c])); /* once, not for each row */
+    }
+    for (int r = 0; r < ROWS; r++) {
+        const __m512bh asked = (__m512bh)_mm512_set1_epi32(asks[r][pair]);
+        for (int c = 0; c < 4; c++) sums[r][c] = _mm512_dpbf16_ps(sums[r][c], asked, (__m512bh)four[c]);
+    }
+}
+
+/* Of 16 scores, those of tokens there are. */
+static inline __attribute__((always_inline)) __mmask16 nightjar_counted(int64_t tokens) {
+    return tokens >= 16 ? 0xffff : tokens > 0 ? (1 << tokens) - 1 : 0;
 }
 
 __attribute__((optimize("O3"))) static void nightjar_attend(const uint16_t *q, int64_t tokens, int64_t width, uint16_t *out) {
@@ -62,32 +77,31 @@ __attribute__((optimize("O3"))) static void nightjar_attend(const uint16_t *q, i
             v_paired[2 * j + 2 * half + 1] = _mm512_unpackhi_epi16(one, two); /* values 4-7, 12-15, ... */
         }
     for (int64_t row = 0; row < tokens; row += ROWS) {
-        const int32_t *asks[ROWS]; /* rows beyond the last one are the last one again, and not written */
-        __m512 over[ROWS];
-        for (int r = 0; r < ROWS; r++) asks[r] = (const int32_t *)(q + (row + r < tokens ? row + r : tokens - 1) * pitch);
+        const int32_t *asks[ROWS], *asks_of_v[ROWS]; /* rows beyond the last one are the last one again, and not written */
+        __m512 most[ROWS], over[ROWS];
+        for (int r = 0; r < ROWS; r++) {
+            asks[r] = (const int32_t *)(q + (row + r < tokens ? row + r : tokens - 1) * pitch);
+            asks_of_v[r] = (const int32_t *)(parts + r * padded);
+            most[r] = _mm512_set1_ps(-INFINITY);
+        }
         for (int64_t j = 0; j < padded; j += WIDTH_OF_BLOCK) {
             __m512 sums[ROWS][4];
             for (int r = 0; r < ROWS; r++)
                 for (int c = 0; c < 4; c++) sums[r][c] = _mm512_setzero_ps();
-            for (int pair = 0; pair < PAIRS; pair++) {
-                const __m512i *keys = k_turned + pair * (padded / 16) + j / 16;
-                for (int r = 0; r < ROWS; r++) {
-                    const __m512i asked = _mm512_set1_epi32(asks[r][pair]);
-                    for (int c = 0; c < 4; c++) sums[r][c] = nightjar_dot(sums[r][c], asked, keys[c]);
-                }
-            }
+            for (int pair = 0; pair < PAIRS; pair++) nightjar_dots(sums, asks, pair, k_turned + pair * (padded / 16) + j / 16);
             for (int r = 0; r < ROWS; r++)
-                for (int c = 0; c < 4; c++) _mm512_storeu_ps(scores + r * padded + j + 16 * c, sums[r][c]);
+                for (int c = 0; c < 4; c++) {
+                    _mm512_storeu_ps(scores + r * padded + j + 16 * c, sums[r][c]);
+                    most[r] = _mm512_mask_max_ps(most[r], nightjar_counted(tokens - j - 16 * c), most[r], sums[r][c]);
+                }
         }
         for (int r = 0; r < ROWS; r++) {
-            float *of_row = scores + r * padded;
-            __m512 most = _mm512_set1_ps(-INFINITY), total = _mm512_setzero_ps();
-            for (int64_t j = tokens; j < padded; j++) of_row[j] = -INFINITY;
-            for (int64_t j = 0; j < padded; j += 16) most = _mm512_max_ps(most, _mm512_loadu_ps(of_row + j));
-            most = _mm512_set1_ps(_mm512_reduce_max_ps(most));
+            const __m512 largest = _mm512_set1_ps(_mm512_reduce_max_ps(most[r]));
+            __m512 total = _mm512_setzero_ps();
             for (int64_t j = 0; j < padded; j += 16) {
-                const __mmask16 counted = tokens - j >= 16 ? 0xffff : tokens > j ? (1 << (tokens - j)) - 1 : 0;
-                const __m512 part = _mm512_maskz_mov_ps(counted, nightjar_exp(_mm512_sub_ps(_mm512_loadu_ps(of_row + j), most)));
+                const __m512 score = _mm512_loadu_ps(scores + r * padded + j);
+                const __m512 all = nightjar_exp(_mm512_sub_ps(score, largest));
+                const __m512 part = _mm512_maskz_mov_ps(nightjar_counted(tokens - j), all);
                 total = _mm512_add_ps(total, part);
                 _mm256_storeu_si256((__m256i *)(parts + r * padded + j), (__m256i)_mm512_cvtneps_pbh(part));
             }
@@ -96,11 +110,7 @@ __attribute__((optimize("O3"))) static void nightjar_attend(const uint16_t *q, i
         __m512 sums[ROWS][4];
         for (int r = 0; r < ROWS; r++)
             for (int c = 0; c < 4; c++) sums[r][c] = _mm512_setzero_ps();
-        for (int64_t j = 0; j < tokens; j += 2)
-            for (int r = 0; r < ROWS; r++) {
-                const __m512i part = _mm512_set1_epi32(*(const int32_t *)(parts + r * padded + j));
-                for (int c = 0; c < 4; c++) sums[r][c] = nightjar_dot(sums[r][c], part, v_paired[2 * j + c]);
-            }
+        for (int64_t pair = 0; pair < (tokens + 1) / 2; pair++) nightjar_dots(sums, asks_of_v, pair, v_paired + 4 * pair);
         for (int r = 0; r < ROWS && row + r < tokens; r++)
             for (int half = 0; half < 2; half++) {
                 const __m256i low = (__m256i)_mm512_cvtneps_pbh(_mm512_mul_ps(sums[r][2 * half], over[r]));

@@ -3,8 +3,8 @@
     pack_products(towers.vision)      # in place, fp32 or bf16; `export.int8` packs 8-bit weights itself
 
 In a compiled library it is `product.c`; in torch it is the same in parts. With the shapes of B/32 oneDNN reaches .81 of
-what the vector units of a Zen 5 can in bf16, product.c .94; a whole tower is 1.07 times as fast, 1.06 in fp32, 1.04 in
-8 bits (docs/LOG.md).
+what the vector units of a Zen 5 can in bf16, product.c .94 to .97; a whole tower is 1.10 times as fast, 1.14 in fp32,
+1.14 in 8 bits, with the norms and attention in C that came with it (docs/LOG.md).
 """
 
 from __future__ import annotations

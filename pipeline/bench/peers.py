@@ -55,7 +55,7 @@ def contestants(model: str) -> list[Peer]:
     torch = version("torch").partition("+")[0]
     clip_retrieval = ("clip-retrieval==2.45.0", "setuptools<=80.9.0", "transformers<5", "wandb", f"torch=={torch}")
     cards = {card.precision for _, card in find_artifact(model).cards() if card.tower == "vision"}
-    ours = [Peer(f"nightjar {p}", times, (), p) for p, times in (("fp32", 2), ("bf16", 4), ("int8", 4)) if p in cards]
+    ours = [Peer(f"nightjar {p}", times, (), p) for p, times in (("fp32", 4), ("bf16", 8), ("int8", 12)) if p in cards]
     return [
         Peer("hf-one", 1, ()),
         Peer("hf-batched", 2, ()),
