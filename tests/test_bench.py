@@ -23,7 +23,7 @@ from runs import run_module
 
 from engines.spec import Artifact, Preprocess, find_artifact
 from pipeline.batch import BadImage
-from pipeline.bench import encoders, figures, ladder, null_engine, peers, roofline, rungs, store
+from pipeline.bench import encoders, figures, ladder, null_engine, peers, race, roofline, rungs, store
 from pipeline.bench.__main__ import main
 from pipeline.bench.energy import joules_between, read_energy
 from pipeline.bench.pictures import Corpus, dirty_copies
@@ -432,3 +432,16 @@ def test_what_is_missing_on_the_command_line_is_said() -> None:
     ran = run_module("pipeline.bench", "store", "--out", os.devnull, "--limit", 5)
     assert ran.code == 2
     assert "bench store has no --limit" in ran.stderr
+
+
+def test_a_round_in_which_the_host_stood_still_does_not_count() -> None:
+    """It did once, while the shorter of two runs was timed: 292 images/s of an engine that has 108."""
+    engine, peer = race.Seconds(1 / 108, 2 / 108), race.Seconds(1 / 12, 2 / 12)
+
+    def row(wall_s: float) -> dict[str, race.Seconds]:
+        return {"hf-one": peer, "nightjar": race.Seconds(wall_s, 0.02), "nightjar, engine alone": engine}
+
+    assert race.can_be(row(1 / 100), ["nightjar"])
+    assert race.can_be(row(1 / 110), ["nightjar"])
+    assert not race.can_be(row(1 / 292), ["nightjar"])
+    assert not race.can_be(row(1 / 100) | {"hf-one": race.Seconds(-0.1, 0.2)}, ["nightjar"])
