@@ -120,18 +120,19 @@ def test_what_will_not_pass_is_not_asked_for_twice(error: Exception, waits: list
     assert waits == []
 
 
-@pytest.mark.parametrize("quick_s", [9.0, 0.0])
+@pytest.mark.parametrize(("quick_s", "hiccup_s", "want"), [(9.0, 0.0, 1), (0.0, 9.0, 1), (0.0, 0.0, 4)])
 def test_a_quick_source_is_read_by_one_thread_and_a_slow_one_by_all(
-    quick_s: float, monkeypatch: pytest.MonkeyPatch
+    quick_s: float, hiccup_s: float, want: int, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr(reads, "QUICK_S", quick_s)
+    monkeypatch.setattr(reads, "HICCUP_S", hiccup_s)
     threads = list[int]()
     together = threading.Barrier(4, timeout=20)
 
     class Slow:
         def read(self, locator: bytes, size_bytes: int) -> bytes:
             threads.append(threading.get_ident())
-            if quick_s == 0 and len(threads) > 1:  # nobody comes back before all have asked
+            if want > 1 and len(threads) > 1:  # nobody comes back before all have asked
                 together.wait()
             return locator
 
@@ -139,7 +140,7 @@ def test_a_quick_source_is_read_by_one_thread_and_a_slow_one_by_all(
         reader = Reader(Slow(), pool, 4, lambda: False)  # type: ignore[arg-type]
         came = [one for group in reader.read_chunk([ROWS[:9], ROWS[9:13], ROWS[13:17]]) for one in group]
     assert [(row, read[0]) for row, read in came] == [(row, row.locator) for row in ROWS[:17]]
-    assert len(set(threads)) == (1 if quick_s else 4)
+    assert len(set(threads)) == want
 
 
 def test_a_source_that_is_down_is_given_up_on(waits: list[float], monkeypatch: pytest.MonkeyPatch) -> None:
