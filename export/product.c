@@ -16,7 +16,8 @@
 enum { NIGHTJAR_FP32, NIGHTJAR_BF16, NIGHTJAR_INT8 };
 enum { NIGHTJAR_SILU = 1, NIGHTJAR_ADD = 2, NIGHTJAR_TO_BF16 = 4, NIGHTJAR_OF_LEVELS = 8 };
 enum { NIGHTJAR_STRIP = 6, NIGHTJAR_PANEL = 64, NIGHTJAR_VECTORS = NIGHTJAR_PANEL / 16 };
-enum { NIGHTJAR_WORDS_A_LINE = 16 }; /* of the next panel */
+/* A line of the next panel is asked for every 16 words, so that a panel, four lines a word, takes 64 strips. */
+enum { NIGHTJAR_WORDS_A_LINE = 16, NIGHTJAR_STRIPS_A_PANEL = NIGHTJAR_VECTORS * NIGHTJAR_WORDS_A_LINE };
 
 struct nightjar_product {
     const int32_t *x;       /* (m, words) */
@@ -112,11 +113,12 @@ __attribute__((noinline, optimize("O3"))) static void nightjar_finish(
 
 static inline __attribute__((always_inline)) void nightjar_panel(const int kind, const struct nightjar_product *p, int64_t panel) {
     const int64_t lines = p->words * NIGHTJAR_VECTORS, lines_a_strip = p->words / NIGHTJAR_WORDS_A_LINE;
-    const __m512i *weights = p->weights + panel * lines, *next = weights + lines, *soon = next;
+    const __m512i *weights = p->weights + panel * lines, *next = weights + lines;
     __m512i sums[NIGHTJAR_STRIP * NIGHTJAR_VECTORS];
     for (int64_t row = 0; row < p->m; row += NIGHTJAR_STRIP) {
         const int64_t rows = p->m - row < NIGHTJAR_STRIP ? p->m - row : NIGHTJAR_STRIP;
         const int32_t *x = p->x + row * p->words;
+        const __m512i *soon = next + row / NIGHTJAR_STRIP % NIGHTJAR_STRIPS_A_PANEL * lines_a_strip;
         switch (rows) { /* a number that the compiler knows keeps the sums in registers */
         case 6: nightjar_sums(kind, 6, x, weights, p->words, soon, sums); break;
         case 5: nightjar_sums(kind, 5, x, weights, p->words, soon, sums); break;
@@ -125,7 +127,6 @@ static inline __attribute__((always_inline)) void nightjar_panel(const int kind,
         case 2: nightjar_sums(kind, 2, x, weights, p->words, soon, sums); break;
         default: nightjar_sums(kind, 1, x, weights, p->words, soon, sums);
         }
-        soon = soon + lines_a_strip < next + lines ? soon + lines_a_strip : next; /* all is there: from its start again */
         for (int v = 0; v < NIGHTJAR_VECTORS; v++) nightjar_finish(p, sums + v, row, rows, panel * NIGHTJAR_PANEL + 16 * v);
     }
 }

@@ -33,7 +33,8 @@ PATIENCE_S = 30.0
 # each of five system calls, and lanes were seen to spend 37 us of system time a row on that instead of 5.
 QUICK_S = 30e-6
 # A batch that takes no longer makes no source slow: other threads may keep the interpreter's lock for 5 ms at a time,
-# mostly at the start of a run. Eight threads then took 5 ms more over 1,000 pictures, every second time.
+# mostly at the start of a run. Eight threads then took 5 ms more over 1,000 pictures, every second time. With batches
+# of up to 660 rows this decides, with larger ones QUICK_S.
 HICCUP_S = 20e-3
 PASSING_ERRNOS = frozenset(
     {
