@@ -25,6 +25,7 @@ from typing import NamedTuple, Protocol
 CHUNK_S = 15.0  # what a kill -9 may cost per lane and chunk, against one fsync and one commit per chunk
 CHUNK_ROWS_MAX = 4096  # keeps a chunk's outcomes below a few MB whatever the speed
 PROBE_BATCHES = 2  # of a chunk for a lane that nobody has seen at work: a card was measured alone, on a quiet host
+PROBE_S = 0.1  # of a lane that is alone, where that is more: with a card 100 times too good, a first chunk takes 10 s
 MEASURE_S, MEASURE_BATCHES = 3.0, 16  # static: what each lane does before the split, at most
 
 
@@ -51,7 +52,7 @@ class Dynamic:
     def chunk_rows(self, lane: str, left: int, paces: Mapping[str, Pace], starting: int) -> int:
         pace, all_rows_per_s = paces[lane], sum(other.rows_per_s for other in paces.values())
         if len(paces) == 1 and not starting:
-            return min(left, _batches(_usual(pace), pace.batch))
+            return min(left, _batches(_usual(pace, PROBE_S), pace.batch))
         end_s = {name: (other.held_rows + other.batch) / other.rows_per_s for name, other in paces.items()}
         all_end_s = (left + sum(other.held_rows for other in paces.values())) / all_rows_per_s
         if end_s[lane] > all_end_s and end_s[lane] > min(end_s.values()):
@@ -97,9 +98,12 @@ def split(rows: int, rows_per_s: Mapping[str, float]) -> dict[str, int]:
     return shares
 
 
-def _usual(pace: Pace) -> float:
-    most = CHUNK_ROWS_MAX if pace.seen else PROBE_BATCHES * pace.batch
-    return min(CHUNK_S * pace.rows_per_s, most)
+def _usual(pace: Pace, probe_s: float = 0.0) -> float:
+    """Rows of a chunk that nothing cuts short; the first ones of a lane are a probe."""
+    rows = CHUNK_S * pace.rows_per_s
+    if not pace.seen:
+        rows = min(rows, max(PROBE_BATCHES * pace.batch, probe_s * pace.rows_per_s))
+    return min(rows, CHUNK_ROWS_MAX)
 
 
 def _batches(rows: float, batch: int) -> int:

@@ -9,6 +9,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import pytest
+from runs import make_tiny_model
 
 if TYPE_CHECKING:
     from engines.build import Report
@@ -56,18 +57,8 @@ def shared_data() -> Path:
 
 @pytest.fixture(scope="session")
 def tiny_model(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """A model folder of a few thousand random weights, exported and with its ONNX Runtime engines built.
-
-    Every test of a session uses this one artifact folder (NIGHTJAR_ARTIFACTS), as a user's host does.
-    """
-    from engines.build import main as make_engines
-    from export.random_model import write_random_model
-
-    folder = tmp_path_factory.mktemp("model") / "tiny"
-    write_random_model(folder, "tiny")
-    os.environ["NIGHTJAR_ARTIFACTS"] = str(tmp_path_factory.mktemp("artifacts"))
-    assert make_engines(["--model", str(folder), "--runtime", "ort-cpu"]) == 0
-    return folder
+    """Every test of a session uses this one artifact folder (NIGHTJAR_ARTIFACTS), as a user's host does."""
+    return make_tiny_model(tmp_path_factory.mktemp("model") / "tiny", tmp_path_factory.mktemp("artifacts"))
 
 
 @pytest.fixture(scope="session")

@@ -9,7 +9,7 @@ import sqlite3
 import subprocess
 import sys
 import tempfile
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -29,6 +29,23 @@ class Ran:
         """The last line of stdout."""
         report: dict[str, Any] = json.loads(self.stdout.strip().splitlines()[-1])
         return report
+
+
+def make_tiny_model(folder: Path, artifacts: Path, seed: int = 0) -> Path:
+    """A model folder of a few thousand random weights, exported to `artifacts`, which NIGHTJAR_ARTIFACTS names from now
+    on, with its ONNX Runtime engines built. Their cards tell of a slow host: at 100,000 rows/s a few hundred pictures
+    would be one chunk, and a kill between two of them would never be tried.
+    """
+    from engines.build import main as make_engines
+    from engines.spec import find_artifact
+    from export.random_model import write_random_model
+
+    os.environ["NIGHTJAR_ARTIFACTS"] = str(artifacts)
+    write_random_model(folder, "tiny", seed=seed)
+    assert make_engines(["--model", str(folder), "--runtime", "ort-cpu"]) == 0
+    for path, card in find_artifact(str(folder)).cards():
+        path.write_text(replace(card, rows_per_s=100.0).to_json())
+    return folder
 
 
 # A process inherits the peak RSS of the one it was forked from, and pytest grows to 2 GB: a small one stands between.

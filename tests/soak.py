@@ -33,6 +33,7 @@ sys.path[:0] = [str(Path(__file__).parent / "faults"), str(Path(__file__).parent
 from commands import COMMANDS, Command  # noqa: E402
 from fuzz import TARGETS, in_process  # noqa: E402
 from resident import Fault, Order, Outcome, Resident, build_shim  # noqa: E402
+from runs import make_tiny_model  # noqa: E402
 from world import World  # noqa: E402
 
 FAULTS: dict[str, dict[str, object]] = {
@@ -48,16 +49,6 @@ CYCLES_PART = 100
 PICTURES = 300  # of which every night shows some for the first time
 SAY_EVERY = 50
 Found: TypeAlias = dict[str, object]
-
-
-def tiny_model(folder: Path) -> Path:
-    from engines.build import main as make_engines
-    from export.random_model import write_random_model
-
-    os.environ["NIGHTJAR_ARTIFACTS"] = str(folder / "artifacts")
-    write_random_model(folder / "tiny", "tiny")
-    assert make_engines(["--model", str(folder / "tiny"), "--runtime", "ort-cpu"]) == 0
-    return folder / "tiny"
 
 
 def say(words: str) -> None:
@@ -196,7 +187,7 @@ def main() -> int:
     found: dict[str, Found] = {}
     left = Path(tempfile.mkdtemp(prefix="nightjar-fuzz-"))
     with tempfile.TemporaryDirectory(prefix="nightjar-soak-") as name:
-        model = tiny_model(Path(name))
+        model = make_tiny_model(Path(name) / "tiny", Path(name) / "artifacts")
         with ProcessPoolExecutor(args.jobs, multiprocessing.get_context("spawn")) as pool:
             running = {pool.submit(part): words for words, part in parts(args, Path(name), left, model).items()}
             for done in as_completed(running):

@@ -23,10 +23,11 @@ import numpy as np
 import pytest
 from pictures import noisy_jpeg, write_folder
 from prometheus_client.parser import text_string_to_metric_families
-from runs import Ran, index, run_module, vectors_by_key
+from runs import Ran, index, make_tiny_model, run_module, vectors_by_key
 from test_sources_containers import tar_bytes
 from test_verify import edit, shards, sign
 
+from engines.spec import artifacts_root
 from pipeline.config import Config, index_parser, parse_index
 from pipeline.exits import BUDGET_SPENT
 from pipeline.index import Indexed, run
@@ -358,9 +359,6 @@ def config(root: Path, out: Path, model: Path) -> Config:
 
 
 def test_a_spent_budget_publishes_what_is_done_but_never_half_a_model(tmp_path: Path, tiny_model: Path) -> None:
-    from engines.build import main as make_engines
-    from export.random_model import write_random_model
-
     photos, out = tmp_path / "photos", tmp_path / "index"
     write_folder(photos, 200)
     report = run(config(photos, out, tiny_model), SpentAfterAShard(out))
@@ -375,8 +373,7 @@ def test_a_spent_budget_publishes_what_is_done_but_never_half_a_model(tmp_path: 
     assert len(whole) == 200
     assert early.items() <= whole.items()
 
-    second = write_random_model(tmp_path / "second", "tiny", seed=9)
-    assert make_engines(["--model", str(second), "--runtime", "ort-cpu"]) == 0
+    second = make_tiny_model(tmp_path / "second", artifacts_root(), seed=9)
     half = run(config(photos, out, second), SpentAfterAShard(out))
     assert (half.exit, half.generation) == (BUDGET_SPENT, None)
     assert half.pending > 0

@@ -309,7 +309,10 @@ def test_a_lane_that_is_alone_cuts_no_little_chunks() -> None:
     ask = POLICIES["dynamic"]().chunk_rows
     assert [ask("a", left, alone, 0) for left in (10_000, 3000, 300, 7)] == [4096, 3000, 300, 7]
     assert ask("a", 3000, alone, 1) == ask("a", 6000, two, 0) == 768
-    assert ask("a", 3000, {"a": Pace(256, 300.0, seen=False)}, 0) == PROBE_BATCHES * 256
+    for rows_per_s, rows in ((5000.0, PROBE_BATCHES * 256), (10_000.0, 1024), (40_000.0, 3000)):  # .1 s by its card
+        unseen = {"a": Pace(256, rows_per_s, seen=False)}
+        assert ask("a", 3000, unseen, 0) == rows
+        assert ask("a", 30_000, unseen | {"b": Pace(256, 300.0)}, 0) == PROBE_BATCHES * 256
 
 
 def test_lanes_that_are_bound_to_no_cores_share_what_there_is(
