@@ -434,6 +434,20 @@ def test_what_is_missing_on_the_command_line_is_said() -> None:
     assert "bench store has no --limit" in ran.stderr
 
 
+def test_a_race_tells_medians_of_rates_and_of_ratios_within_a_round() -> None:
+    """In a slow round both are slow: their ratio is that of the round, not of medians."""
+    table = [
+        {"hf-one": race.Seconds(wall_s, 2.0), "nightjar": race.Seconds(ours_s, 0.25)}
+        for wall_s, ours_s in ((1.0, 0.1), (2.0, 0.25), (4.0, 0.5))
+    ]
+    theirs = race.rates("hf-one", table, ["nightjar"], 96)
+    assert theirs == {
+        "contestant": "hf-one", "images": "96 to 192", "images_per_s": 0.5, "images_per_cpu_s": 0.5,
+        "nightjar over it": 8.0, "nightjar over it by CPU time": 8.0,
+    }  # fmt: skip
+    assert race.rates("nightjar", table, ["nightjar"], None)["nightjar over it"] == 1.0
+
+
 def test_a_round_in_which_the_host_stood_still_does_not_count() -> None:
     """It did once, while the shorter of two runs was timed: 292 images/s of an engine that has 108."""
     engine, peer = race.Seconds(1 / 108, 2 / 108), race.Seconds(1 / 12, 2 / 12)

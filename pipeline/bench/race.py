@@ -52,9 +52,9 @@ def race(pictures: Path, model: str, images: int, rounds: int, venvs: Path) -> d
         contestants: dict[str, tuple[int, Callable[[Path], float]]] = {
             "hf-one": (images, _peer("hf-one", sys.executable, model, work)),
             "hf-batched": (2 * images, _peer("hf-batched", sys.executable, model, work)),
-            "fastembed": (2 * images, _peer("fastembed/threads", fastembed_python, model, work)),
+            "fastembed": (4 * images, _peer("fastembed/threads", fastembed_python, model, work)),
         }
-        for who, times in zip(ours, (4, 8), strict=False):
+        for who, times in zip(ours, (8, 12), strict=False):
             contestants[who] = (
                 times * images,
                 partial(_timed_index, work=work, model=model, precision=precisions[who]),
@@ -85,12 +85,13 @@ def race(pictures: Path, model: str, images: int, rounds: int, venvs: Path) -> d
             f"no round of {rounds} counts, for nobody is faster than its own engine: {refused} images/s. The host "
             "stood still at times; measure again when it is quiet"
         )
+    counts = {who: n for who, (n, _) in contestants.items()}
     return {
-        "images": {who: [n, 2 * n] for who, (n, _) in contestants.items()},
         "pictures": f"{len(jpegs)} JPEGs of {EDGE} pixels, each copy with a unique comment",
+        "rates": [rates(who, table, ours, counts.get(who)) for who in table[0]],
+        "rounds_images_per_s": [{who: 1 / seconds.wall for who, seconds in row.items()} for row in table],
+        "rounds_images_per_cpu_s": [{who: 1 / seconds.cpu for who, seconds in row.items()} for row in table],
         "refused": refused,
-        "per_s": _rates([{who: 1 / seconds.wall for who, seconds in row.items()} for row in table], ours),
-        "per_cpu_s": _rates([{who: 1 / seconds.cpu for who, seconds in row.items()} for row in table], ours),
     }
 
 
@@ -100,14 +101,20 @@ def can_be(row: dict[str, Seconds], ours: list[str]) -> bool:
     return all(seconds.wall > least_s.get(who, 0) for who, seconds in row.items())
 
 
-def _rates(rounds: list[dict[str, float]], ours: list[str]) -> dict[str, Any]:
-    return {
-        "rounds": rounds,
-        "median_images": {who: statistics.median(row[who] for row in rounds) for who in rounds[0]},
-        "over": {
-            mine: {who: statistics.median(row[mine] / row[who] for row in rounds) for who in rounds[0]} for mine in ours
-        },
+def rates(who: str, table: list[dict[str, Seconds]], ours: list[str], images: int | None) -> dict[str, Any]:
+    """Medians of rates, and of ratios within a round: how many times as fast each of ours is."""
+    one = [row[who] for row in table]
+    found: dict[str, Any] = {
+        "contestant": who,
+        "images": f"{images} to {2 * images}" if images else "",
+        "images_per_s": statistics.median(1 / seconds.wall for seconds in one),
+        "images_per_cpu_s": statistics.median(1 / seconds.cpu for seconds in one),
     }
+    for mine in ours:
+        pairs = [(row[who], row[mine]) for row in table]
+        found[f"{mine} over it"] = statistics.median(theirs.wall / own.wall for theirs, own in pairs)
+        found[f"{mine} over it by CPU time"] = statistics.median(theirs.cpu / own.cpu for theirs, own in pairs)
+    return found
 
 
 def _marginal(run: Callable[[Path], float], work: Path, images: int) -> Seconds:

@@ -50,6 +50,8 @@ from pipeline.store.shards import ShardInfo, check_file, hash_rows
 
 log = logging.getLogger(__name__)
 EXAMPLES = 24  # of each reason
+# What was just embedded needs not be looked for; of a copy, the original may have failed, or wait in another chunk.
+IF_VECTOR = f"AND EXISTS(SELECT 1 FROM vector WHERE content_hash = {CONTENT_OF_EACH} AND space = :space)"
 
 
 ContentHash: TypeAlias = Annotated[bytes, msgspec.Meta(min_length=DIGEST_BYTES, max_length=DIGEST_BYTES)]
@@ -232,7 +234,7 @@ class Store:
                     {"contents": _contents(embedded), "marks": json.dumps([done.mark for done in embedded]),
                      "space": space, "shard": number},
                 )  # fmt: skip
-            settled, copies = self._settle(embedded), self._settle(copied)
+            settled, copies = self._settle(embedded), self._settle(copied, IF_VECTOR)
             bad, bad_new, lost = self._quarantine(quarantined)
             if settled or copies or lost:
                 bump_state(self._db)
@@ -258,14 +260,11 @@ class Store:
             found = f"input {ids[row]} with content {hashes[row].tobytes().hex()}"
             raise StoreDamaged(path, expected, found, "List embedded outcomes in the order of the shard's rows")
 
-    def _settle(self, outcomes: Sequence[Outcome]) -> int:
+    def _settle(self, outcomes: Sequence[Outcome], condition: str = "") -> int:
         """Inputs whose content has a vector now. One that is no longer pending was deleted meanwhile, and stays so."""
         return self._db.execute(
-            "UPDATE input SET "
-            "status = 'embedded', content_hash = v.content_hash, reason = '', words = '', attempts = 0 "
-            "FROM json_each(:ids) each "
-            f"CROSS JOIN vector v ON v.content_hash = {CONTENT_OF_EACH} AND v.space = :space "
-            f"WHERE input.id = each.value AND {PENDING}",
+            f"UPDATE input SET status = 'embedded', content_hash = {CONTENT_OF_EACH}, reason = '', words = '', "
+            f"attempts = 0 FROM json_each(:ids) each WHERE input.id = each.value AND {PENDING} {condition}",
             {"contents": _contents(outcomes), "ids": json.dumps([done.id for done in outcomes]),
              "space": self._space[0]},
         ).rowcount  # fmt: skip
