@@ -13,6 +13,7 @@ only queue work, and the encoder waits once per batch, in `engine.result`. Queue
 from __future__ import annotations
 
 import faulthandler
+import gc
 import logging
 import multiprocessing
 import os
@@ -126,6 +127,7 @@ class LaneProcess:
         card = self.engine.card
         self.board.finish(0)
         self._send(Ready(f"{card.runtime} {card.precision}", card.rows_per_s, card.batch))
+        gc.freeze()  # as `index.index_source`
         for loop in (self._hear_loop, self._read_loop, self._decode_loop):
             threading.Thread(target=self._guarded, args=(loop,), daemon=True).start()
         self._guarded(self._encode_loop)
