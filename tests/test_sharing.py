@@ -307,7 +307,8 @@ def test_a_lane_that_is_alone_cuts_no_little_chunks() -> None:
     """Each costs, and there is nobody to leave the rest to; but for one that is still starting."""
     alone, two = {"a": Pace(256, 300.0)}, {"a": Pace(256, 300.0), "b": Pace(256, 300.0)}
     ask = POLICIES["dynamic"]().chunk_rows
-    assert [ask("a", left, alone, 0) for left in (10_000, 3000, 300, 7)] == [4096, 3000, 300, 7]
+    assert [ask("a", left, alone, 0) for left in (10_000, 3000, 300, 7)] == [4608, 3000, 300, 7]
+    assert ask("a", 100_000, {"a": Pace(256, 10_000.0)}, 0) == 16_384
     assert ask("a", 3000, alone, 1) == ask("a", 6000, two, 0) == 768
     for rows_per_s, rows in ((5000.0, PROBE_BATCHES * 256), (10_000.0, 1024), (40_000.0, 3000)):  # .1 s by its card
         unseen = {"a": Pace(256, rows_per_s, seen=False)}

@@ -31,12 +31,12 @@ from blake3 import blake3
 
 from engines.hardware import host_id
 from pipeline.batch import Item
+from pipeline.shares import CHUNK_ROWS_MAX
 from pipeline.store import Outcome, Scope, Store, Turn, write_shard
 from pipeline.store.manifest import connect, transaction
 
 SPACE, SCOPE = "bench", Scope("folder", "/bench")
 OBSERVE_ROWS = 2000  # as pipeline.index
-CHUNK_ROWS = 4096  # as pipeline.scheduler
 RENAMED = 100_000
 ADDED = 1_000
 
@@ -68,7 +68,7 @@ def observe(store: Store, items: Iterator[Item]) -> None:
 def embed(store: Store, emb_nd: npt.NDArray[np.float16]) -> dict[str, int]:
     """What lanes and coordinator do, with the file's number in place of its bytes."""
     done = {"embedded": 0, "copied": 0}
-    while rows := store.pending(CHUNK_ROWS):
+    while rows := store.pending(CHUNK_ROWS_MAX):
         hashes = [hash_of(int(row.key[-13:-4])) for row in rows]
         known = store.has_vectors(hashes)
         new = [Outcome(row.id, "embedded", h) for row, h, has in zip(rows, hashes, known, strict=True) if not has]
@@ -113,7 +113,7 @@ def quiet_night(out: Path, keys: int) -> dict[str, Any]:
 def night(out: Path, dim: int, known: int, added: int, renamed: int) -> dict[str, Any]:
     """One run over `known` pictures of which the first `renamed` have another name, and `added` new ones."""
     rng = np.random.default_rng(0)
-    wide = rng.standard_normal((CHUNK_ROWS, dim)).astype(np.float32)
+    wide = rng.standard_normal((CHUNK_ROWS_MAX, dim)).astype(np.float32)
     emb_nd = (wide / np.linalg.norm(wide, axis=1, keepdims=True)).astype(np.float16)
     start_s, seconds = time.monotonic(), {}
     with Store.open(out, SPACE, dim) as store:

@@ -21,6 +21,7 @@ import psutil
 from pipeline.batch import BadImage, Item
 from pipeline.lanes import READ_THREADS, Lane, LaneSpec
 from pipeline.messages import Broken, Chunk, Claim, Done, Lost, Ready, Refused, Tick, Verdict
+from pipeline.shares import CHUNK_ROWS_MAX
 from pipeline.sources import Source
 from pipeline.store import PendingItem
 from pipeline.tune.halving import Measured
@@ -29,7 +30,6 @@ log = logging.getLogger(__name__)
 
 BLOCK_ROWS, BLOCKS = 64, 32  # pictures that lie together are read together, as a run does
 LIST_S, WARM_S = 10.0, 10.0
-CHUNK_ROWS = 4096
 PATIENCE = 8  # a measurement may take so many times its window, and START_S more
 START_S = 60.0
 IDLE = ("idle", "iowait", "guest", "guest_nice")  # guests are part of user time
@@ -150,9 +150,9 @@ class Rehearsal:
 
     def _chunk(self) -> Chunk:
         """Each begins where the last one ended."""
-        first = self._chunks * CHUNK_ROWS
+        first = self._chunks * CHUNK_ROWS_MAX
         self._chunks += 1
-        rows = [self.rows[(first + at) % len(self.rows)] for at in range(CHUNK_ROWS)]
+        rows = [self.rows[(first + at) % len(self.rows)] for at in range(CHUNK_ROWS_MAX)]
         return Chunk(self._chunks, self._folder / "shards" / f"{self._chunks:06d}.h5", rows)
 
 
