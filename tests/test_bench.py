@@ -5,6 +5,7 @@ from __future__ import annotations
 import csv
 import importlib.util
 import json
+import math
 import os
 import subprocess
 import sys
@@ -425,6 +426,28 @@ def test_peers_go_on_with_their_fastest_mode(tiny_model: Path) -> None:
     assert set(rates) < set(names)
 
 
+def test_what_fastembed_s_processes_take_to_load_their_models_is_not_in_their_rate(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """A contestant of 10 images/s whose clock also counts 5 s of loading."""
+    script = tmp_path / "loads_late.py"
+    script.write_text(
+        "import json, os, sys\nimport numpy as np\n"
+        "count = len(os.listdir(sys.argv[3]))\nnp.save(sys.argv[4], np.zeros((count, 2)))\n"
+        "print(json.dumps({'images': count, 'seconds': 5 + count / 10}))"
+    )
+    monkeypatch.setattr(peers, "PEERS", script)
+    (tmp_path / "photo.jpg").write_bytes(noisy_jpeg(0, 64, 64))
+    corpus = Corpus([tmp_path / "photo.jpg"], tmp_path, 1)
+    rates = {
+        name: peers._clean(peers.Peer(name, 1, ()), Path(sys.executable), corpus, 8, "model", tmp_path, Limit(60))
+        for name in (peers.FASTEMBED_PROCESSES, "fastembed/threads")
+    }
+    assert rates[peers.FASTEMBED_PROCESSES]["images_per_s"] == pytest.approx(10)
+    assert rates["fastembed/threads"]["images_per_s"] == pytest.approx(8 / 5.8)
+    assert {rate["lost"] for rate in rates.values()} == {0}
+
+
 def test_what_is_missing_on_the_command_line_is_said() -> None:
     ran = run_module("pipeline.bench", "ladder", "--out", os.devnull)
     assert ran.code == 2
@@ -446,6 +469,9 @@ def test_a_race_tells_medians_of_rates_and_of_ratios_within_a_round() -> None:
         "nightjar over it": 8.0, "nightjar over it by CPU time": 8.0,
     }  # fmt: skip
     assert race.rates("nightjar", table, ["nightjar"], None)["nightjar over it"] == 1.0
+    without_cpu = [row | {"hf-one": row["hf-one"]._replace(cpu=math.nan)} for row in table]
+    by_cpu = {"images_per_cpu_s", "nightjar over it by CPU time"}
+    assert race.rates("hf-one", without_cpu, ["nightjar"], 96) == {k: v for k, v in theirs.items() if k not in by_cpu}
 
 
 def test_a_round_in_which_the_host_stood_still_does_not_count() -> None:

@@ -9,6 +9,7 @@ the run over n makes the difference too small: a round in which we seem faster t
 from __future__ import annotations
 
 import json
+import math
 import os
 import resource
 import shutil
@@ -25,7 +26,15 @@ import numpy as np
 
 from engines import open_engine
 from engines.spec import find_artifact
-from pipeline.bench.peers import FASTEMBED, INSTALL_S, PEERS, Peer, give_fastembed_its_graph, make_venv
+from pipeline.bench.peers import (
+    FASTEMBED,
+    FASTEMBED_PROCESSES,
+    INSTALL_S,
+    PEERS,
+    Peer,
+    give_fastembed_its_graph,
+    make_venv,
+)
 from pipeline.bench.pictures import EDGE, jpegs_below, small_copies, unique_copies
 from pipeline.bench.processes import Limit, index_command, last_json
 
@@ -35,7 +44,7 @@ NOISE = 1.1  # what a run may seem faster than its own engine
 
 class Seconds(NamedTuple):
     wall: float
-    cpu: float  # of all threads and child processes
+    cpu: float  # of all threads and child processes; NaN where they are nobody's children
 
 
 def race(pictures: Path, model: str, images: int, rounds: int, venvs: Path) -> dict[str, Any]:
@@ -52,7 +61,10 @@ def race(pictures: Path, model: str, images: int, rounds: int, venvs: Path) -> d
         contestants: dict[str, tuple[int, Callable[[Path], float]]] = {
             "hf-one": (images, _peer("hf-one", sys.executable, model, work)),
             "hf-batched": (2 * images, _peer("hf-batched", sys.executable, model, work)),
-            "fastembed": (4 * images, _peer("fastembed/threads", fastembed_python, model, work)),
+            **{
+                mode: (4 * images, _peer(mode, fastembed_python, model, work))
+                for mode in ("fastembed/threads", FASTEMBED_PROCESSES)
+            },
         }
         for who, times in zip(ours, (8, 12), strict=False):
             contestants[who] = (
@@ -71,6 +83,8 @@ def race(pictures: Path, model: str, images: int, rounds: int, venvs: Path) -> d
                 if who in ours:  # its engine alone before and after, as close in time as can be
                     before = engine_seconds(model, precisions[who])
                 row[who] = _marginal(run, work, n)
+                if who == FASTEMBED_PROCESSES:  # a fork server's, which ends after whoever is measured
+                    row[who] = row[who]._replace(cpu=math.nan)
                 if who in ours:
                     after = engine_seconds(model, precisions[who])
                     row[f"{who}, engine alone"] = Seconds(*((b + a) / 2 for b, a in zip(before, after, strict=True)))
@@ -90,7 +104,7 @@ def race(pictures: Path, model: str, images: int, rounds: int, venvs: Path) -> d
         "pictures": f"{len(jpegs)} JPEGs of {EDGE} pixels, each copy with a unique comment",
         "rates": [rates(who, table, ours, counts.get(who)) for who in table[0]],
         "rounds_images_per_s": [{who: 1 / seconds.wall for who, seconds in row.items()} for row in table],
-        "rounds_images_per_cpu_s": [{who: 1 / seconds.cpu for who, seconds in row.items()} for row in table],
+        "rounds_images_per_cpu_s": [_known({who: 1 / seconds.cpu for who, seconds in row.items()}) for row in table],
         "refused": refused,
     }
 
@@ -114,7 +128,11 @@ def rates(who: str, table: list[dict[str, Seconds]], ours: list[str], images: in
         pairs = [(row[who], row[mine]) for row in table]
         found[f"{mine} over it"] = statistics.median(theirs.wall / own.wall for theirs, own in pairs)
         found[f"{mine} over it by CPU time"] = statistics.median(theirs.cpu / own.cpu for theirs, own in pairs)
-    return found
+    return _known(found)
+
+
+def _known(row: dict[str, Any]) -> dict[str, Any]:
+    return {name: value for name, value in row.items() if not (isinstance(value, float) and math.isnan(value))}
 
 
 def _marginal(run: Callable[[Path], float], work: Path, images: int) -> Seconds:
