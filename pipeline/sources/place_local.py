@@ -92,13 +92,9 @@ class LocalPlace:
                 entering = None
                 if open_folders and open_folders[-1].prefix == prefix:
                     open_folders.pop()
-        if hidden or odd:
-            log.info(
-                "%s: left out %d hidden folders and %d pipes, sockets, devices or links back up",
-                self.uri(under),
-                hidden,
-                odd,
-            )
+        left_out = ((hidden, "hidden folders"), (odd, "pipes, sockets, devices or links back up"))
+        if told := [f"{count} {what}" for count, what in left_out if count]:
+            log.info("%s: left out %s", self.uri(under), " and ".join(told))
 
     def head(self, name: bytes, count: int) -> bytes | None:
         try:

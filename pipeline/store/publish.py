@@ -231,7 +231,7 @@ def show(db: sqlite3.Connection, out: Path, number: int | None) -> int:
     if not kept:
         raise NoIndex(f"{out} has no generation yet; make one: python -m pipeline.index --out {out} ...")
     if number is not None and number not in kept:
-        raise StoreError(f"generation {number} is not kept in {out}; there are {', '.join(map(str, kept))}")
+        raise StoreError(f"generation {number} is not kept in {out}; kept: {', '.join(map(str, kept))}")
     with transaction(db):
         db.execute("DELETE FROM meta WHERE key = 'pinned'")
         if number is not None:
