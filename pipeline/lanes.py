@@ -117,6 +117,7 @@ class Lane:
     rows_per_s: float = 0.0  # by its last ticks, half by the very last; 0 until known
     alone: bool = False  # it holds one suspect row and gets nothing else until that is decided
     hung: Literal["", "decode", "read"] = ""  # killed because this took longer than it may
+    hung_until_s: float = 0.0  # of time.monotonic(): when it is given up even if it does not die of that
     killed: bool = False  # by somebody else; mostly the kernel, for want of memory
     lost: str = ""  # why it ended, in its own words; it has none when it crashes
     content: bytes | None = None  # hash of the row it holds alone, once that is read

@@ -19,7 +19,7 @@ from multiprocessing.connection import wait
 
 from pipeline.blame import Blame
 from pipeline.history import Sample, Throughput
-from pipeline.lanes import STOP_GRACE_S, TICK_S, Lane, LaneSpec
+from pipeline.lanes import KILL_S, STOP_GRACE_S, TICK_S, Lane, LaneSpec
 from pipeline.messages import Broken, Chunk, Claim, Done, Lost, Message, Ready, Refused, Tick, Verdict
 from pipeline.shares import Dynamic, Pace, Policy
 from pipeline.store import Outcome, PendingItem, Store
@@ -233,9 +233,11 @@ class Sharing:
     # ---- deaths ----------------------------------------------------------------------------------------------------
 
     def _kill_the_hung(self) -> None:
-        for lane in self.lanes:
-            if not lane.hung and (late := lane.board.overdue()):
-                lane.hung = late
+        for lane in list(self.lanes):
+            if lane.hung and time.monotonic() > lane.hung_until_s:
+                self._bury(lane, Lost(""))  # a driver holds it in the kernel: no end of file will come
+            elif not lane.hung and (late := lane.board.overdue()):
+                lane.hung, lane.hung_until_s = late, time.monotonic() + KILL_S
                 lane.process.kill()  # the end of file on its pipe does the rest
 
     def _bury(self, lane: Lane, lost: Lost) -> None:

@@ -129,6 +129,24 @@ def test_rungs_of_a_gpu_appear_where_one_is(tiny_model: Path, monkeypatch: pytes
     assert ours.absent == "not built: make engines LANE=gpu-cu13"
 
 
+@pytest.mark.parametrize("cores", [1, 2, 4, 5, 16, 56])
+def test_producers_and_threads_of_the_study_fit_on_the_cores(cores: int) -> None:
+    """Few cores are shared; 56 producers beside 56 threads would be slower than the study ever was."""
+    pairs = rungs.producers_and_threads(cores)
+    assert len(set(pairs)) == len(pairs) > 1 or cores == 1
+    assert all(producers >= 1 and threads >= 1 for producers, threads in pairs)
+    if cores > rungs.FEW_CORES:
+        assert pairs[0] == (3, cores - 3)
+        assert all(producers + threads == cores for producers, threads in pairs)
+
+
+def test_a_figure_without_rows_of_its_own_shows_what_was_published(tmp_path: Path) -> None:
+    pytest.importorskip("matplotlib", reason="plots come with nightjar[bench]")
+    text: list[str] = []
+    assert figures.draw([], tmp_path, text) == [tmp_path / "figure-8.png"]
+    assert "Figure 7 is missing: none of its rungs was measured." in text
+
+
 def test_our_rungs_climb_one_change_at_a_time_whatever_the_cards_say(tiny_model: Path) -> None:
     """A compiled engine that looked slow when it was built stands before its int8 all the same."""
     artifact = find_artifact(str(tiny_model))

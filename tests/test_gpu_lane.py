@@ -85,6 +85,8 @@ def test_gpus_and_cpu_share_the_work(
     counts = ran.report["decoders"]
     assert counts.get("nvimgcodec", 0) + counts.get("simplejpeg", 0) == PHOTOS
     assert counts["pillow"] == 1
+    if "cpu" in devices:
+        assert {"nvimgcodec", "simplejpeg"} <= counts.keys(), "both kinds took part"
     if devices == "gpu:0":
         assert counts["nvimgcodec"] == PHOTOS
 

@@ -14,7 +14,7 @@ from itertools import pairwise
 from multiprocessing.connection import Connection
 from pathlib import Path
 from types import SimpleNamespace
-from typing import NamedTuple
+from typing import Any, NamedTuple, cast
 from unittest.mock import patch
 
 import numpy as np
@@ -31,10 +31,10 @@ from pipeline.cores import Core, divide, nodes, usable_cores
 from pipeline.devices import EngineWish, lane_specs
 from pipeline.index import run
 from pipeline.lane_process import lane_main
-from pipeline.lanes import STOP_GRACE_S, Board, Lane, LaneSpec
+from pipeline.lanes import KILL_S, STOP_GRACE_S, Board, Lane, LaneSpec
 from pipeline.messages import Chunk, Claim, Ready, Tick, Verdict
 from pipeline.scheduler import CHUNKS_PER_LANE, Sharing
-from pipeline.shares import POLICIES, PROBE_BATCHES, Pace, split
+from pipeline.shares import POLICIES, PROBE_BATCHES, Pace, Static, split
 from pipeline.stop import Stop
 from pipeline.tune.trial import sample
 from pipeline.waits import Wait
@@ -452,3 +452,28 @@ def test_a_stop_while_a_slow_disk_writes_a_shard_takes_no_grace(tmp_path: Path, 
     child.communicate(timeout=60)
     assert child.returncode == 130
     assert time.monotonic() - start_s < STOP_GRACE_S / 2
+
+
+def test_static_measures_a_fast_lane_for_a_second() -> None:
+    """16 batches would be .27 s of a GPU's work, with the filling of its line in it."""
+    paces = {"gpu": Pace(256, 15_000.0), "cpu": Pace(64, 100.0)}
+    static = Static()
+    assert static.chunk_rows("gpu", 10**6, paces, 0) == pytest.approx(15_000, rel=0.01)
+    assert static.chunk_rows("cpu", 10**6, paces, 0) == pytest.approx(300, abs=32)
+
+
+def test_a_lane_that_a_driver_holds_does_not_hold_the_run(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Killed, it lives on in the kernel, and no end of file comes."""
+    spec = cast(Any, SimpleNamespace(name="gpu:0/0", source=SimpleNamespace(container_of=str)))
+    sharing, buried, kills = Sharing(cast(Any, None), [spec], lambda: False, lambda *_: None), [], []
+    monkeypatch.setattr(sharing, "_bury", lambda lane, lost: buried.append(lane))
+    board = Board(1)
+    board.start(0, 7, -1.0)
+    lane = Lane(spec, SimpleNamespace(kill=lambda: kills.append("killed")), cast(Any, None), board)
+    sharing.lanes = [lane]
+    for _ in range(2):
+        sharing._kill_the_hung()
+        assert (kills, buried) == (["killed"], [])
+    lane.hung_until_s -= KILL_S
+    sharing._kill_the_hung()
+    assert (kills, buried) == (["killed"], [lane])

@@ -61,11 +61,12 @@ def sentence_transformers(model_dir: str, paths: list[Path]) -> tuple[np.ndarray
 def fastembed(model_dir: str, paths: list[Path], processes: bool) -> tuple[np.ndarray, float]:
     from fastembed import ImageEmbedding
 
+    cores = int(os.environ["OMP_NUM_THREADS"])  # the budget that everybody has
     model = ImageEmbedding(
-        "Qdrant/clip-ViT-B-32-vision", specific_model_path=model_dir, threads=os.cpu_count(),
+        "Qdrant/clip-ViT-B-32-vision", specific_model_path=model_dir, threads=cores,
         providers=["CPUExecutionProvider"],
     )  # fmt: skip
-    start_s, parallel = time.monotonic(), os.cpu_count() if processes else None
+    start_s, parallel = time.monotonic(), cores if processes else None
     return np.stack(list(model.embed([str(path) for path in paths], batch_size=BATCH, parallel=parallel))), start_s
 
 

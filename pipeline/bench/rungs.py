@@ -20,6 +20,8 @@ from pipeline.devices import gpu_trouble
 BATCH = 32
 RATE_GUESS, TIMES_MAX = 15, 400  # images/s of what gets `images`; faster ones get more, for similar times
 BATCHES_MIN = 8  # of an index: nothing overlaps the first one, and the last waits of a lane are never told
+FEW_CORES = 4  # up to here producers and threads share the cores; beyond, each has its own, as in the study
+PRODUCERS = (3, 1, 5, 10)  # the study's best first
 COMPILED: tuple[Precision, ...] = ("fp32", "bf16", "int8")
 BY_BITS: tuple[Precision, ...] = ("fp32", "fp16", "bf16", "int8")
 
@@ -49,9 +51,10 @@ def rungs(artifact: Artifact, cores: int, images: int) -> list[Rung]:
     one = Rung("hf one by one", "the start", "5", images, config=base, core=True)
     batched = replace(one, name=f"hf batches of {BATCH}", change=f"batches of {BATCH}", config={**base, "batch": BATCH})
     batched = replace(batched, figure="6", images=_whole(images, BATCH))
+    producers, threads = producers_and_threads(cores)[0]
     parallel = replace(
-        batched, name=f"hf {cores} producers", change=f"{cores} processes decode and preprocess", figure="7",
-        config={**batched.config, "producers": cores},
+        batched, name=f"hf {producers} producers", change=f"{producers} processes decode and preprocess", figure="7",
+        config={**batched.config, "producers": producers, "threads": threads},
     )  # fmt: skip
     shared = [_shared(parallel, policy, cores) for policy in ("static", "dynamic")]
     each = max(1, cores // 2)
@@ -124,14 +127,19 @@ def _threads(batched: Rung) -> Iterator[Rung]:
 
 
 def _grid(parallel: Rung, cores: int) -> Iterator[Rung]:
-    for producers in sorted({1, cores, cores + 1}):
-        for threads in sorted({max(1, cores // 2), cores}):
-            if (producers, threads) != (cores, cores):  # the rung of the ladder
-                name, config = (
-                    f"hf {producers} producers x {threads} threads",
-                    {"producers": producers, "threads": threads},
-                )
-                yield replace(parallel, name=name, change=name[3:], config={**parallel.config, **config}, core=False)
+    for producers, threads in producers_and_threads(cores)[1:]:  # the first is a rung of the ladder
+        config = {**parallel.config, "producers": producers, "threads": threads}
+        name = f"hf {producers} producers x {threads} threads"
+        yield replace(parallel, name=name, change=name[3:], config=config, core=False)
+
+
+def producers_and_threads(cores: int) -> list[tuple[int, int]]:
+    """What the ladder tries, the one it climbs on first."""
+    if cores > FEW_CORES:
+        return [(producers, cores - producers) for producers in PRODUCERS if producers < cores]
+    halves = sorted({max(1, cores // 2), cores})
+    pairs = [(producers, threads) for producers in (1, cores, cores + 1) for threads in halves]
+    return list(dict.fromkeys([(cores, cores), *pairs]))
 
 
 def _more_replicas(parallel: Rung, cores: int) -> Iterator[Rung]:

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import logging
 import random
+import signal
 import time
 from collections import defaultdict
 from collections.abc import Iterable, Sequence
@@ -19,7 +20,7 @@ from pathlib import Path
 import psutil
 
 from pipeline.batch import BadImage, Item
-from pipeline.lanes import READ_THREADS, Lane, LaneSpec
+from pipeline.lanes import KILL_S, READ_THREADS, Lane, LaneSpec
 from pipeline.messages import Broken, Chunk, Claim, Done, Lost, Ready, Refused, Tick, Verdict
 from pipeline.shares import CHUNK_ROWS_MAX
 from pipeline.sources import Source
@@ -89,7 +90,7 @@ class Rehearsal:
         self.rows, self._folder, self._end_s, self._chunks = list(rows), folder, end_s, 0
 
     def measure(self, specs: Sequence[LaneSpec], seconds: float) -> Measured:
-        """All lanes at once, for `seconds` after each has done its first second; rates add up."""
+        """All lanes at once, for `seconds` after every one of them has done its first second; rates add up."""
         try:
             return self._measure(specs, seconds)
         except LaneDied as died:
@@ -103,6 +104,7 @@ class Rehearsal:
         ticks: defaultdict[str, list[Tick]] = defaultdict(list)
         give_up_s = time.monotonic() + START_S + PATIENCE * seconds
         lanes, busy_s, start_s = [Lane.start(spec) for spec in specs], _busy_s(), time.monotonic()
+        together = False
         try:
             while any(_seconds(ticks[lane.spec.name]) < seconds for lane in lanes):
                 by_conn = {lane.conn: lane for lane in lanes}
@@ -110,6 +112,10 @@ class Rehearsal:
                     problem = self._listen(by_conn[conn], ticks)  # type: ignore[index]
                     if problem:
                         return Measured(0.0, seconds, 0, problem)
+                if not together and len(ticks) == len(lanes):
+                    together = True
+                    for found in ticks.values():  # what a lane did while another still started, it did alone
+                        del found[:-1]
                 if late := [lane for lane in lanes if lane.board.overdue()]:
                     raise LaneDied(late[0].spec.name, late[0].board.in_hand())
                 if time.monotonic() > self._end_s:
@@ -131,6 +137,9 @@ class Rehearsal:
         try:
             message = lane.hear()
         except (EOFError, ConnectionError):
+            lane.process.join(KILL_S)
+            if lane.process.exitcode == -signal.SIGKILL:  # no picture's fault: decoders have limits of their own
+                return f"{lane.spec.name} was killed, mostly for want of memory"
             raise LaneDied(lane.spec.name, lane.board.in_hand()) from None
         match message:
             case Ready() | Done():
