@@ -59,8 +59,8 @@ $(VENV)/.bench: $(VENV)/.done
 # Parts end by themselves at their limits, 37 minutes in all, engines built and peers installed before.
 BENCH = $(RUN) -m pipeline.bench
 bench: setup $(VENV)/.bench  ## the figures of docs/benchmarks on this host: PICTURES=folder-of-jpegs MODEL=folder [OUT=...]
-	for model in $(MODEL) export/demo; do \
-		$(RUN) -m engines.build --model $$model; $(RUN) -m engines.build --model $$model --precision int8; done
+	for model in $(MODEL) export/demo; do for precision in auto fp32 int8; do \
+		$(RUN) -m engines.build --model $$model --precision $$precision; done; done
 	$(BENCH) peers --pictures $(PICTURES) --model $(MODEL) --images 24 --out $(OUT)
 	$(BENCH) text --model $(MODEL) --out $(OUT)
 	$(BENCH) encoders --pictures $(PICTURES) --model $(MODEL) --out $(OUT)

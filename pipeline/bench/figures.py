@@ -203,6 +203,7 @@ def _producers(axes: Any, rows: Rows) -> bool:
         label = name.replace(", ", "\n").replace(" CPU", "\nCPU").replace(" x ", "\nx ")
         axes.bar_label(axes.bar(label, before_s / after_s, color="0.7"), fmt="{:.2f}")
     axes.plot([], label="producers x threads, here; grey: published")
+    axes.tick_params(axis="x", labelsize=8)
     axes.set(ylabel="times batched", title="Parallel preprocessing (figure 7)")
     return True
 
