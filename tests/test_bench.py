@@ -22,10 +22,11 @@ import pytest
 from pictures import noisy_jpeg
 from runs import run_module
 
+from engines.hardware import physical_cores
 from engines.spec import Artifact, Preprocess, find_artifact
 from pipeline.batch import BadImage
 from pipeline.bench import encoders, figures, ladder, null_engine, peers, race, roofline, rungs, store
-from pipeline.bench.__main__ import main
+from pipeline.bench.__main__ import about, main
 from pipeline.bench.energy import joules_between, read_energy
 from pipeline.bench.pictures import Corpus, dirty_copies
 from pipeline.bench.processes import ChildFailed, Limit, Measured, OutOfTime, run_measured
@@ -379,7 +380,8 @@ def test_text_towers_are_timed_by_batch(tiny_model: Path, monkeypatch: pytest.Mo
         ("ort-cpu", 1), ("transformers", 1), ("ort-cpu", 4), ("transformers", 4)
     ]  # fmt: skip
     assert all(one["texts encoded"] > 0 for one in whole["sequences"])
-    assert whole["published sequences"]["uform"] == 6809
+    uform = next(row for row in whole["published sequences"] if row["tower"] == "uform")
+    assert (uform["texts encoded"], round(uform["times bert-base-uncased"], 2)) == (6809, 4.22)
 
 
 def transformers(model: str, pictures: str, limit: Limit, batch: int) -> list[tuple[encoders.Who, dict[str, float]]]:
@@ -389,21 +391,23 @@ def transformers(model: str, pictures: str, limit: Limit, batch: int) -> list[tu
 def test_encoders_take_turns_and_what_each_does_stands_in_its_own_row(
     tiny_model: Path, photos: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    rates = iter([5.0, 7.0, 1.0, 2.0, 3.0, 30.0])  # a slow round and a fast one beside the true one
+    rates = iter([5.0, 7.0, 1.0, 2.0, 3.0, 30.0] * 2)  # a slow round and a fast one beside the true one
     monkeypatch.setattr(encoders, "_transformers", transformers)
     monkeypatch.setattr(encoders, "encoded_per_s", lambda engine: next(rates))
     for name in ("images_per_s", "texts_per_s"):
         monkeypatch.setattr(encoders, name, lambda *_: 100.0)
-    *_, whole = encoders.encoders(str(tiny_model), photos, 3, Limit(60))
-    stages, engines, theirs = whole["rates"]  # both towers of this model have the same batch, so one row
+    *_, whole = encoders.encoders([str(tiny_model)] * 2, photos, 3, Limit(60))
+    assert whole["rates"][3:] == whole["rates"][:3]  # the second model is the first one once more
+    assert {row["model"] for row in whole["rates"]} == {str(tiny_model)}
+    stages, engines, theirs = whole["rates"][:3]  # both towers of this model have the same batch, so one row
     assert "images encoded" not in stages
     assert stages["images preprocessed"] == stages["texts preprocessed"] == 100
     assert (engines["images encoded"], engines["texts encoded"]) == (3.0, 7.0)
     assert "images preprocessed" not in engines
     assert (theirs["runtime"], theirs["images encoded"]) == ("transformers", 2.0)
 
-    *_, cut = encoders.encoders(str(tiny_model), photos, 3, Limit(0))
-    assert (cut["rates"], cut["note"]) == ([], "not reached within the limit of 0 s")
+    *_, cut = encoders.encoders([str(tiny_model)], photos, 3, Limit(0))
+    assert (cut["rates"], cut["note"]) == ([], f"{tiny_model}: not reached within the limit of 0 s")
 
 
 def test_a_share_of_the_roofline_is_that_of_the_numbers_beside_it() -> None:
@@ -432,16 +436,61 @@ def test_a_peer_that_hangs_on_dirty_pictures_takes_nobody_s_time(
     assert row["died"] == "not measured within the limit of 0 s"
 
 
-def test_peers_go_on_with_their_fastest_mode(tiny_model: Path) -> None:
+def test_peers_go_on_with_their_fastest_modes(tiny_model: Path) -> None:
     table = peers.contestants(str(tiny_model))
     assert {peer.tool for peer in table} == {
         "hf-one", "hf-batched", "nightjar fp32", "sentence-transformers", "fastembed", "clip-retrieval"
     }  # fmt: skip
-    rates = {"fastembed/processes": 9.0, "clip-retrieval/1 workers": 8.0}
+    rates = {"fastembed/processes": 9.0, "clip-retrieval/1x64": 8.0, "clip-retrieval/0x64": 7.0}
     found = {peer.name: [{"images_per_s": rates.get(peer.name, 5.0)}] for peer in table}
-    names = [peer.name for peer in peers.fastest_modes(table, found)]
-    assert len(names) == 6
-    assert set(rates) < set(names)
+    names = {peer.name for peer in peers.fastest_modes(table, found)}
+    assert names == {"hf-one", "hf-batched", "nightjar fp32", "sentence-transformers", *rates}  # 7 of 8 may be noise
+
+
+def test_halves_of_a_process_a_core_add_up_and_ours_are_those_of_a_lane(
+    tiny_model: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    script = tmp_path / "halves.py"
+    script.write_text(
+        "import json, os, sys\nassert len(sys.argv) == 4\n"
+        "print(json.dumps({'prepared': 40.0, 'encoded': 10.0 * int(os.environ['OMP_NUM_THREADS'])}))"
+    )
+    monkeypatch.setattr(peers, "PEERS", script)
+    monkeypatch.setattr(peers, "physical_cores", lambda: 2)
+    folder = tmp_path / "pictures"
+    folder.mkdir()
+    (folder / "photo.jpg").write_bytes(noisy_jpeg(0, 64, 64))
+    found = {
+        peer.name: peers._halves(peer, Path(sys.executable), folder, str(tiny_model), Limit(60))
+        for peer in peers.contestants(str(tiny_model))
+    }
+    assert found["hf-one"] == found["fastembed/threads"] == {"prepared": 40, "encoded": 20}
+    assert found["fastembed/processes"] == {"prepared": 80, "encoded": 20}
+    assert all(rate > 0 for rate in found["nightjar fp32"].values())
+
+
+def test_every_peer_of_a_race_is_told_how_many_threads_it_may_use(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    script = tmp_path / "threads.py"
+    script.write_text(
+        "import json, os\nprint(json.dumps({'images': 0, 'seconds': float(os.environ['OMP_NUM_THREADS'])}))"
+    )
+    monkeypatch.delenv("OMP_NUM_THREADS", raising=False)
+    monkeypatch.setattr(race, "PEERS", script)
+    (tmp_path / "none").mkdir()
+    run = race._peer("fastembed/threads", sys.executable, "model", tmp_path)
+    assert run(tmp_path / "none") == physical_cores()
+
+
+def test_a_part_says_what_it_measured_on_beside_its_tables(tmp_path: Path) -> None:
+    head = about(["text"])
+    found = {"model": "m", "context": 77, "rows": [{"a": 1}], "seconds": 1.0}
+    (page, _) = figures.write("text", {**head, **found}, tmp_path)
+    told = page.read_text()
+    assert "model: m\n" in told
+    assert "context: 77\n" in told
+    assert told.count(head["cpu"]) == 1
 
 
 def test_what_fastembed_s_processes_take_to_load_their_models_is_not_in_their_rate(
@@ -470,6 +519,9 @@ def test_what_is_missing_on_the_command_line_is_said() -> None:
     ran = run_module("pipeline.bench", "ladder", "--out", os.devnull)
     assert ran.code == 2
     assert "--pictures and --model" in ran.stderr
+    ran = run_module("pipeline.bench", "text", "--out", os.devnull, "--model", "a", "b")
+    assert ran.code == 2
+    assert "takes one --model, 2 were given" in ran.stderr
     ran = run_module("pipeline.bench", "store", "--out", os.devnull, "--limit", 5)
     assert ran.code == 2
     assert "bench store has no --limit" in ran.stderr

@@ -66,7 +66,9 @@ def parser() -> argparse.ArgumentParser:
     )
     parsed.add_argument("what", choices=list(NEEDS))
     parsed.add_argument("--pictures", type=Path, help="folder of JPEG photos")
-    parsed.add_argument("--model", help="model folder whose engines are built")
+    parsed.add_argument(
+        "--model", nargs="+", metavar="DIR", help="model folder whose engines are built; encoders: several, if you like"
+    )
     parsed.add_argument(
         "--answers-model", default="export/demo", help="ladder: whose answers are compared (default: %(default)s)"
     )
@@ -89,7 +91,9 @@ def parser() -> argparse.ArgumentParser:
 
 def measure(args: argparse.Namespace, limit: Limit, work: Path) -> Iterable[dict[str, Any]]:
     """What the part found so far, again and again: the last one is the whole."""
-    pictures, model, rounds = args.pictures, args.model, args.rounds
+    pictures, rounds = args.pictures, args.rounds
+    models: list[str] = args.model or []
+    model = models[0] if models else ""  # `store` and `size` need none
     images: list[int] | None = args.images
     parts: dict[str, Callable[[], Iterable[dict[str, Any]]]] = {
         "ladder": lambda: (
@@ -98,7 +102,7 @@ def measure(args: argparse.Namespace, limit: Limit, work: Path) -> Iterable[dict
         ),
         "peers": lambda: peers.peers(pictures, model, (images or [48])[0], rounds, limit, work, args.venvs),
         "text": lambda: encoders.text(model, limit),
-        "encoders": lambda: encoders.encoders(model, pictures, rounds, limit),
+        "encoders": lambda: encoders.encoders(models, pictures, rounds, limit),
         "roofline": lambda: roofline.roofline(model, pictures, rounds, limit, work),
         "startup": lambda: startup.startup(model, pictures, limit, work),
         "null": lambda: null_engine.null_engine(model, images or [1000, 10_000, 100_000], rounds, limit, work),
@@ -138,6 +142,9 @@ def main(argv: list[str] | None = None) -> int:
     args = parser().parse_args(argv)
     if missing := [name for name in NEEDS[args.what] if getattr(args, name) is None]:
         print(f"error: bench {args.what} needs {' and '.join('--' + name for name in missing)}", file=sys.stderr)
+        return USAGE
+    if len(args.model or []) > 1 and args.what != "encoders":
+        print(f"error: bench {args.what} takes one --model, {len(args.model)} were given", file=sys.stderr)
         return USAGE
     if args.limit is not None and args.what not in LIMITS_S:
         print(f"error: bench {args.what} has no --limit, it runs to its end", file=sys.stderr)

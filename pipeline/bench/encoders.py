@@ -22,7 +22,7 @@ from engines.spec import Artifact, EngineCard, Tower, find_artifact
 from pipeline.batch import Batch
 from pipeline.bench.pictures import jpegs_below
 from pipeline.bench.processes import Limit, OutOfTime, run_measured
-from pipeline.bench.published import ENCODERS_PER_S, TEXT_SEQUENCES_PER_S
+from pipeline.bench.published import ENCODERS_ON, ENCODERS_PER_S, TEXT_SEQUENCES_PER_S, TEXT_TOWERS_ON
 from pipeline.stages_cpu import CpuStages
 
 TOWERS = Path(__file__).resolve().parents[2] / "docs" / "benchmarks" / "towers.py"
@@ -43,7 +43,11 @@ def text(model: str, limit: Limit) -> Iterator[dict[str, Any]]:
     """One look at each, the engines and transformers one after the other with every batch."""
     artifact, rows = find_artifact(model), list[dict[str, Any]]()
     whole = {"model": artifact.spec.model, "context": artifact.spec.context_length, "sequences": rows}
-    whole["published sequences"] = TEXT_SEQUENCES_PER_S
+    bert, bert_per_s = next(iter(TEXT_SEQUENCES_PER_S.items()))
+    whole["published sequences"] = [
+        {"tower": name, "on": TEXT_TOWERS_ON, ENCODED["text"]: rate, f"times {bert}": rate / bert_per_s}
+        for name, rate in TEXT_SEQUENCES_PER_S.items()
+    ]
     try:
         for batch in TEXT_BATCHES:
             for engine in _engines(artifact, "text", batch):
@@ -58,25 +62,36 @@ def text(model: str, limit: Limit) -> Iterator[dict[str, Any]]:
     yield whole
 
 
-def encoders(model: str, pictures: Path, rounds: int, limit: Limit) -> Iterator[dict[str, Any]]:
-    """Medians of rounds in which all take turns."""
-    artifact = find_artifact(model)
+def encoders(models: list[str], pictures: Path, rounds: int, limit: Limit) -> Iterator[dict[str, Any]]:
+    """One model after the other, each with the whole limit: medians of rounds in which all take turns."""
+    rates: list[dict[str, Any]] = []
+    whole: dict[str, Any] = {"rates": rates, "published rates": [{"on": ENCODERS_ON, **ENCODERS_PER_S}]}
+    for model in models:
+        before = len(rates)
+        try:
+            for of_model in _of_model(find_artifact(model), pictures, rounds, Limit(limit.seconds)):
+                rates[before:] = of_model
+                yield whole
+        except OutOfTime as error:
+            whole["note"] = f"{model}: {error}"
+    yield whole
+
+
+def _of_model(artifact: Artifact, pictures: Path, rounds: int, limit: Limit) -> Iterator[list[dict[str, Any]]]:
     engines = [(name, engine) for tower, name in ENCODED.items() for engine in _engines(artifact, tower)]
     found: dict[Who, dict[str, list[float]]] = {}
-    whole: dict[str, Any] = {"model": artifact.spec.model, "rates": [], "published rates": ENCODERS_PER_S}
-    try:
-        for _ in range(rounds):
-            for who, rates in _one_round(artifact, engines, pictures, limit):
-                for name, rate in rates.items():
-                    found.setdefault(who, {}).setdefault(name, []).append(rate)
-                whole["rates"] = [
-                    {**one._asdict(), **{name: statistics.median(seen) for name, seen in by_name.items()}}
-                    for one, by_name in found.items()
-                ]
-                yield whole
-    except OutOfTime as error:
-        whole["note"] = str(error)
-    yield whole
+    for _ in range(rounds):
+        for who, rates in _one_round(artifact, engines, pictures, limit):
+            for name, rate in rates.items():
+                found.setdefault(who, {}).setdefault(name, []).append(rate)
+            yield [
+                {
+                    "model": artifact.spec.model,
+                    **one._asdict(),
+                    **{name: statistics.median(seen) for name, seen in by_name.items()},
+                }
+                for one, by_name in found.items()
+            ]
 
 
 def _one_round(

@@ -23,6 +23,9 @@ LADDER_COLUMNS = (
     "joules_per_image", "lost", "scored_twice", "error_over_spread", "top9_overlap", "verdict",
 )  # fmt: skip
 
+HEAD = frozenset(  # told in words of their own, or of no use to a reader
+    ("command", "date", "host", "cpu", "cores", "load_before", "energy", "python", "note", "seconds")
+)
 LADDER_NOTE = (
     "images_per_s counts from loaded models to the last vector, start_s is the rest of the run. Stages overlap where "
     "they can and share the cores, so their times do not add up. GFLOP/s are those that a vector needs, the same for "
@@ -37,6 +40,7 @@ def write(part: str, result: dict[str, Any], out: Path) -> list[Path]:
     text += [", ".join(f"{name} {number}" for name, number in result["versions"].items()), ""]
     if note := result.get("note"):
         text += [f"Not all of it: {note}.", ""]
+    text += [f"{line}\n" for line in plain(result)]
     written: list[Path] = []
     if part == "ladder":
         rows = [flat(row) for row in result["rungs"]]
@@ -62,6 +66,13 @@ def tables(result: dict[str, Any]) -> Iterator[tuple[str, Rows]]:
             and all(isinstance(one, int | float) for one in value.values())
         ):
             yield name, [{"what": key, "value": one} for key, one in value.items()]
+
+
+def plain(result: dict[str, Any]) -> Iterator[str]:
+    """What a part says of itself beside its tables, such as the model and the pictures."""
+    for name, value in result.items():
+        if name not in HEAD and isinstance(value, str | int | float):
+            yield f"{name.replace('_', ' ')}: {value}"
 
 
 def failed(result: dict[str, Any]) -> list[str]:

@@ -42,12 +42,14 @@ WHOLE_S = {
     "Taiwania 3 CPU": (29072.95, 1094.07), "cluster CPU": (23553.19, 2796.5), "V100": (13678.17, 507.09),
 }  # fmt: skip
 
-# UForm, RTX 3090, sequences/s; batch and length are not stated.
+# UForm's release notes; batch and length are not stated.
+TEXT_TOWERS_ON = "RTX 3090, batch and length not stated"
 TEXT_SEQUENCES_PER_S = {
     "bert-base-uncased": 1612, "distilbert-base-uncased": 3174, "MiniLM-L12": 3604, "MiniLM-L6": 6107, "uform": 6809,
     "a SaaS product": 20787,
 }  # fmt: skip
-# UForm's BENCHMARKS.md: H100, batches of 50, "small", torch on CUDA.
+# UForm's BENCHMARKS.md.
+ENCODERS_ON = "UForm's small model, torch, batches of 50, H100"
 ENCODERS_PER_S = {
     "images preprocessed": 22.63, "images encoded": 2662.0, "texts preprocessed": 14731.0, "texts encoded": 14695.0,
 }  # fmt: skip

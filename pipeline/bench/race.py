@@ -34,6 +34,7 @@ from pipeline.bench.peers import (
     Peer,
     give_fastembed_its_graph,
     make_venv,
+    thread_budget,
 )
 from pipeline.bench.pictures import EDGE, jpegs_below, small_copies, unique_copies
 from pipeline.bench.processes import Limit, index_command, last_json
@@ -159,7 +160,7 @@ def _timed_index(root: Path, work: Path, model: str, precision: str) -> float:
 
 def _peer(who: str, python: str, model: str, work: Path) -> Callable[[Path], float]:
     def run(root: Path) -> float:
-        result = last_json([python, str(PEERS), who, model, str(root), str(work / "peer.npy")])
+        result = last_json([python, str(PEERS), who, model, str(root), str(work / "peer.npy")], thread_budget())
         assert result["images"] == len(os.listdir(root)), result
         return float(result["seconds"])
 
