@@ -7,7 +7,7 @@ memory beside them. Cores are whole: the hardware threads of one always belong t
 from __future__ import annotations
 
 import os
-from itertools import groupby
+from itertools import groupby, pairwise
 from pathlib import Path
 from typing import NamedTuple
 
@@ -41,21 +41,23 @@ def nodes(cores: list[Core]) -> int:
     return len({core.node for core in cores})
 
 
-def divide(cores: list[Core], lanes: int) -> list[tuple[int, ...]]:
-    """CPU numbers for each lane; no two lanes share a core, and no lane spans two memories where that can be had.
+def divide(cores: list[Core], lanes: int) -> list[list[Core]]:
+    """The cores of each lane; no two lanes share one, and no lane spans two memories where that can be had.
 
-    With more lanes than cores nobody is bound: an empty tuple for each.
+    With more lanes than cores nobody is bound: none for each.
     """
     if lanes > len(cores):
-        return [()] * lanes
+        return [[]] * lanes
     per_node = [list(group) for _, group in groupby(cores, key=lambda core: core.node)]
     parts = per_node if lanes % len(per_node) == 0 and lanes // len(per_node) <= min(map(len, per_node)) else [cores]
     each = lanes // len(parts)
-    return [
-        tuple(cpu for core in part[len(part) * lane // each : len(part) * (lane + 1) // each] for cpu in core.cpus)
-        for part in parts
-        for lane in range(each)
-    ]
+    return [part[first:last] for part in parts for first, last in shares(len(part), each)]
+
+
+def shares(number: int, parts: int) -> list[tuple[int, int]]:
+    """Where each of `parts` begins and ends when `number` is divided as evenly as whole ones go."""
+    ends = [number * part // parts for part in range(parts + 1)]
+    return list(pairwise(ends))
 
 
 def _number(path: Path, otherwise: int) -> int:

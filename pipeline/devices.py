@@ -11,6 +11,7 @@ from __future__ import annotations
 import contextlib
 import importlib.util
 import traceback
+from collections.abc import Iterator
 from dataclasses import replace
 from pathlib import Path
 from typing import Any, Literal, NamedTuple, cast
@@ -20,7 +21,7 @@ from engines.hardware import physical_cores
 from engines.memory_gpu import DeviceArray, GpuError, OutOfGpuMemory, Stream, gpu_problem, gpus
 from engines.spec import Artifact, Precision
 from pipeline.batch import DeviceUnavailable
-from pipeline.cores import divide, nodes, usable_cores
+from pipeline.cores import divide, nodes, shares, usable_cores
 from pipeline.hardware_share_gpu import allowed
 from pipeline.lanes import Board, LaneSpec
 from pipeline.messages import Broken, Lost, Refused, sayable
@@ -34,6 +35,7 @@ CPU_SHARE_MIN = 0.1  # of what the GPUs do by their cards
 class LanePlan(NamedTuple):
     device: str  # "cpu" or "gpu:<index>"
     setting: Setting
+    cores: int  # of the host's, its part
     cpus: tuple[int, ...] = ()  # the lane is bound to these; empty: to none
 
 
@@ -135,11 +137,6 @@ def plan(
         words = f"{why}; " if tuned else f"by default, {why}: "
     each = trial.lanes if trial else default_lanes(names, wish)
     names = tuple(name for name in names for _ in range(each if name in tunable else 1))
-    share = max(1, physical_cores() // len(names))
-    settings: dict[Device, Setting] = {kind: default_setting(kind, each, share) for kind in ("cpu", "gpu")}
-    if trial is not None:
-        settings[main] = trial
-    settings["gpu"] = replace(settings["gpu"], hardware_share=allowed(settings["gpu"].hardware_share))
     cpu_lanes = names.count("cpu")
     if named and cpu_lanes > 1 and not _fits(wish, cpu_lanes):
         need = cpu_lanes * lane_bytes(wish.choice("cpu").card, None)
@@ -147,12 +144,35 @@ def plan(
             f"{cpu_lanes} CPU lanes need about {need / 1e9:.1f} GB, here are {memory_limit_bytes() / 1e9:.1f} GB: "
             "name cpu less often"
         )
-    bound = iter(divide(usable_cores(), cpu_lanes) if cpu_lanes == len(names) > 1 else [()] * cpu_lanes)
     lanes = tuple(
-        LanePlan(name, settings["cpu"], next(bound)) if name == "cpu" else LanePlan(name, settings["gpu"])
-        for name in names
+        LanePlan(name, _setting(name, each, cores, trial if name in tunable else None), cores, cpus)
+        for name, (cores, cpus) in zip(names, _cores(names), strict=True)
     )
     return Devices(lanes, reason, words + lanes[0].setting.words(main), named)
+
+
+def _setting(device: str, lanes: int, cores: int, tuned: Setting | None) -> Setting:
+    """What was tuned for GPUs alone leaves the lanes beside them their cores."""
+    if device == "cpu":
+        return tuned or default_setting("cpu", lanes, cores)
+    setting = tuned or default_setting("gpu", lanes, cores)
+    decode_threads = min(setting.decode_threads, cores)
+    return replace(setting, decode_threads=decode_threads, hardware_share=allowed(setting.hardware_share))
+
+
+def _cores(names: tuple[str, ...]) -> Iterator[tuple[int, tuple[int, ...]]]:
+    """Of each lane: how many, and the CPUs it is bound to. Together they have those of the host, or one each.
+
+    Each CPU lane has its own, of one memory where that can be had; lanes on GPUs keep off those, and no more: which
+    memory is near a GPU is not looked up.
+    """
+    own = divide(usable_cores(), len(names))
+    off = [core for name, cores in zip(names, own, strict=True) if name != "cpu" for core in cores]
+    evenly = shares(physical_cores(), len(names))  # of a container's quota, which may be less than its cores
+    for name, cores, (first, last) in zip(names, own, evenly, strict=True):
+        bound = [] if len(names) == 1 or "cpu" not in names else cores if name == "cpu" else off
+        count = max(1, last - first)
+        yield min(count, len(cores) or count), tuple(cpu for core in bound for cpu in core.cpus)
 
 
 def default_lanes(names: tuple[str, ...], wish: EngineWish) -> int:
@@ -176,7 +196,7 @@ def lane_specs(devices: Devices, source: Source, wish: EngineWish, logs: Path) -
             log_path=logs / f"{lane.device.replace(':', '')}-{number}.log", batch=lane.setting.batch,
             team=lane.setting.team, lead_batches=lane.setting.lead_batches,
             hardware_share=lane.setting.hardware_share, cpus=lane.cpus,
-            cores=max(1, physical_cores() // len(devices.lanes)),
+            cores=lane.cores,
         )
         for number, lane in enumerate(devices.lanes)
     ]  # fmt: skip

@@ -60,6 +60,7 @@ def run_record(cfg: Config, number: int, counts: Counts, totals: Totals, clock: 
         "source": {"kind": cfg.source.kind, "root": cfg.source.root, "options": dict(cfg.source.options)},
         "command": _command(cfg),
         "phases_s": clock.phases_s,
+        "commits": {"number": totals.commits, "seconds": round(totals.commit_s, 4)},
         "throughput": totals.throughput.as_json(),
         "sample_ids": totals.sample.ids,
         "quarantine": {

@@ -44,6 +44,8 @@ class Totals:
     embedded: int = 0
     copied: int = 0
     quarantined_new: int = 0
+    commits: int = 0
+    commit_s: float = 0.0  # of the coordinator's, while lanes go on
     decoders: Counter[str] = field(default_factory=Counter)
     bound_s: defaultdict[str, float] = field(default_factory=lambda: defaultdict(float))  # by bound stage
     throughput: Throughput = field(default_factory=Throughput)
@@ -213,7 +215,10 @@ class Sharing:
         return new
 
     def _commit(self, lane: Lane, done: Done) -> None:
+        start_s = time.monotonic()
         committed = self.store.commit_chunk(done.shard, self.blame.settled(done.outcomes))
+        self.totals.commit_s += time.monotonic() - start_s
+        self.totals.commits += 1
         self.totals.embedded += committed.embedded
         self.totals.sample.add([outcome.id for outcome in done.outcomes if outcome.status == "embedded"])
         self.totals.copied += committed.copied

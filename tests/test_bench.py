@@ -125,7 +125,15 @@ def test_rungs_of_a_gpu_appear_where_one_is(tiny_model: Path, monkeypatch: pytes
     monkeypatch.setattr(rungs, "gpu_trouble", lambda: "")
     table = rungs.rungs(find_artifact(str(tiny_model)), cores=2, images=8)
     there = {rung.name for rung in table if "gpu" in rung.device and not rung.absent}
-    assert there == {"hf static cpu+gpu", "hf dynamic cpu+gpu", "hf one by one, gpu", "hf batches of 32, gpu"}
+    others = {batch for batch in rungs.BATCHES if batch not in (1, 32)}
+    assert there == {
+        "hf static cpu+gpu", "hf dynamic cpu+gpu", "hf one by one, gpu", "hf batches of 32, gpu",
+        "nightjar static cpu+gpu", "nightjar dynamic cpu+gpu",
+        "hf 1 replica, gpu", "hf 2 replicas, gpu", "hf 4 replicas, gpu", *(f"hf batches of {n}, gpu" for n in others),
+    }  # fmt: skip
+    assert all("cuda:0" in rung.config["devices"] for rung in table if rung.name in there and rung.runner == "seed")
+    (lanes,) = [rung for rung in table if rung.name == "nightjar 2 lanes"]
+    assert lanes.config["--devices"] == "cpu,cpu"
     (ours,) = [rung for rung in table if rung.device == "gpu" and rung.runner == "index"]
     assert ours.absent == "not built: make engines LANE=gpu-cu13"
 
@@ -142,10 +150,54 @@ def test_producers_and_threads_of_the_study_fit_on_the_cores(cores: int) -> None
 
 
 def test_a_figure_without_rows_of_its_own_shows_what_was_published(tmp_path: Path) -> None:
-    pytest.importorskip("matplotlib", reason="plots come with nightjar[bench]")
     text: list[str] = []
     assert figures.draw([], tmp_path, text) == [tmp_path / "figure-8.png"]
     assert "Figure 7 is missing: none of its rungs was measured." in text
+
+
+def test_every_figure_shows_what_was_measured_on_each_device(
+    tiny_model: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """All rungs of a host with a GPU, each measured: rung n does 10 + n images/s."""
+    monkeypatch.setattr(rungs, "gpu_trouble", lambda: "")
+    table = [rung for rung in rungs.rungs(find_artifact(str(tiny_model)), cores=8, images=8) if not rung.absent]
+    rows = [
+        {
+            "rung": rung.name, "figure": rung.figure, "device": rung.device, "config": rung.config, "core": rung.core,
+            "rounds": 1, "failures": [], "images_per_s": 10.0 + number,
+            "stages_ms_per_image": {"preprocess": 4.0, "forward": 8.0 / rung.config.get("threads", 1)},
+        }
+        for number, rung in enumerate(table)
+    ]  # fmt: skip
+    rates = {(row["rung"], row["device"]): row["images_per_s"] for row in rows}
+    drawn: dict[str, Any] = {}
+    pyplot: Any = importlib.import_module("matplotlib.pyplot")
+    monkeypatch.setattr(pyplot, "close", lambda figure: drawn.setdefault(str(len(drawn) + 4), figure.axes[0]))
+    assert [path.name for path in figures.draw(rows, tmp_path, [])] == [f"figure-{n}.png" for n in range(4, 11)]
+
+    def line(figure: str, label: str) -> dict[float, float]:
+        (found,) = [one for one in drawn[figure].lines if one.get_label() == label]
+        return dict(zip(*found.get_data(), strict=True))
+
+    def bars(figure: str) -> list[float]:
+        return [bar.get_height() for bar in drawn[figure].patches]
+
+    assert line("4", "forward, here") == pytest.approx({1: 1, 2: 1 / 2, 4: 1 / 4, 8: 1 / 8})
+    assert bars("5")[:2] == [rates["hf one by one", "cpu"], rates["hf one by one, gpu", "gpu"]]
+    for device, end in (("cpu", ""), ("gpu", ", gpu")):
+        batches = line("6", f"{device}, here")
+        assert list(batches) == list(rungs.BATCHES)
+        assert batches[2048] == rates[f"hf batches of 2048{end}", device]
+        counts = line("9", f"{device}, here")
+        assert counts[1] == 1
+        assert counts[4] == rates[f"hf 4 replicas{end}", device] / rates[f"hf 1 replica{end}", device]
+    pairs = len(rungs.producers_and_threads(8))
+    assert bars("7")[0] == rates["hf 3 producers", "cpu"] / rates["hf batches of 32", "cpu"]
+    assert len(bars("7")) == pairs + 2
+    assert rates["nightjar static cpu+gpu", "cpu+gpu"] in bars("8")
+    assert drawn["10"].patches[0].get_width() == 1
+    monkeypatch.undo()
+    pyplot.close("all")
 
 
 def test_our_rungs_climb_one_change_at_a_time_whatever_the_cards_say(tiny_model: Path) -> None:

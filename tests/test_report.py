@@ -118,6 +118,8 @@ def test_a_record_holds_what_the_page_and_later_readers_need(nights: Path) -> No
     record = json.loads((nights / "runs" / "2.json").read_text())
     assert sum(record["throughput"]["rows"]) == pytest.approx(38, abs=0.1), "34 embedded and 4 that did not decode"
     assert set(record["phases_s"]) == {"listing", "embedding", "publishing"}
+    assert record["commits"]["number"] >= 1
+    assert 0 < record["commits"]["seconds"] <= record["phases_s"]["embedding"]
     assert sum(record["phases_s"].values()) <= record["seconds"]
     assert len(record["sample_ids"]) == 34
     assert record["engines"][0]["parity"]["error_over_spread"] <= record["engines"][0]["parity"]["error_allowed"]

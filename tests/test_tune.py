@@ -21,6 +21,7 @@ from engines.spec import ArtifactMissing, find_artifact
 from pipeline import devices
 from pipeline.bench import settings
 from pipeline.bench.processes import Limit
+from pipeline.cores import Core
 from pipeline.devices import EngineWish, plan, resolve_devices
 from pipeline.lanes import Lane, LaneSpec
 from pipeline.messages import Chunk, Message, Ready, Tick
@@ -377,12 +378,15 @@ def test_auto_follows_what_was_measured(
     tuned = SimpleNamespace(beside_cpu_rows_per_s=beside, rows_per_s=100.0, setting=setting)
     monkeypatch.setattr(devices, "gpus", lambda: [SimpleNamespace(index=0)])
     monkeypatch.setattr(devices, "gpu_trouble", lambda: "")
+    monkeypatch.setattr(devices, "physical_cores", lambda: 9)
+    monkeypatch.setattr(devices, "usable_cores", lambda: [Core(0, 0, 0, number, (number,)) for number in range(9)])
     monkeypatch.setattr(devices, "tuned_for", lambda choice, names: (tuned if beside else None, "tuned"))
     found = resolve_devices("auto", wish)
     assert tuple(dict.fromkeys(found.names)) == names
     assert words in found.reason
-    if beside:  # its own setting for the GPU; the CPU's lane takes a fair part of the cores
+    if beside:  # its own setting for the GPU; the CPU's lane has a fair part of the cores
         assert [lane.setting for lane in found.lanes if lane.device == "gpu:0"] == [setting, setting]
+        assert [lane.setting.engine_threads for lane in found.lanes if lane.device == "cpu"] == [3] * ("cpu" in names)
     assert {lane.setting for lane in plan(("gpu:0",), wish, "", trial=setting).lanes} == {setting}
 
 

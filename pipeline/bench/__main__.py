@@ -5,7 +5,7 @@
     text      sequences/s of text towers by batch
     encoders  pictures and texts prepared and encoded, a second, by model, device and runtime
     roofline  what this machine can do at best, measured in the same run, and the share each stage reaches
-    startup   what a run pays once: imports, engine, first batch, tail, publish; and for nothing to do
+    startup   what a run pays once: imports, engine, first batch, tail, commits, publish; for nothing to do
     null      what the pipeline itself costs an image, by number of images: an engine and a decoder that do nothing
     race      end to end, rounds in turns, against fastembed, Hugging Face and our own engines alone
     tune      what pipeline.tune found for this CPU, against eleven other settings

@@ -22,6 +22,7 @@ RATE_GUESS, TIMES_MAX = 15, 400  # images/s of what gets `images`; faster ones g
 BATCHES_MIN = 8  # of an index: nothing overlaps the first one, and the last waits of a lane are never told
 FEW_CORES = 4  # up to here producers and threads share the cores; beyond, each has its own, as in the study
 PRODUCERS = (3, 1, 5, 10)  # the study's best first
+GPU_REPLICAS = (1, 2, 4)
 COMPILED: tuple[Precision, ...] = ("fp32", "bf16", "int8")
 BY_BITS: tuple[Precision, ...] = ("fp32", "fp16", "bf16", "int8")
 
@@ -68,7 +69,8 @@ def rungs(artifact: Artifact, cores: int, images: int) -> list[Rung]:
     )  # fmt: skip
     core = [one, batched, parallel, *shared, replicas, ours, *_indexes(artifact, images)]
     steps = [*_threads(batched), *_grid(parallel, cores), *_more_replicas(parallel, cores), *_sweep(one, images)]
-    return [*core, *_gpu_starts(one, batched), *steps]
+    on_gpu = [*_gpu_starts(one, batched), *_gpu_replicas(parallel), *_sweep(_on_gpu(one), images)]
+    return [*core, *_our_sharing(artifact, cores, images), *steps, *on_gpu]
 
 
 def _shared(parallel: Rung, policy: str, cores: int) -> Rung:
@@ -80,14 +82,23 @@ def _shared(parallel: Rung, policy: str, cores: int) -> Rung:
     )  # fmt: skip
 
 
+def _on_gpu(rung: Rung, models: int = 1) -> Rung:
+    """The same rung of Hugging Face's with its models on a GPU."""
+    return replace(
+        rung, name=f"{rung.name}, gpu", change="on a GPU", config={**rung.config, "devices": ["cuda:0"] * models},
+        device="gpu", core=False, absent=gpu_trouble(),
+    )  # fmt: skip
+
+
 def _gpu_starts(one: Rung, batched: Rung) -> Iterator[Rung]:
-    """The start of the ladder once more, on a GPU."""
-    for rung, figure in ((one, "5"), (batched, "6")):
-        config = {**rung.config, "devices": ["cuda:0"]}
-        yield replace(
-            rung, name=f"{rung.name}, gpu", change="on a GPU", figure=figure, config=config, device="gpu", core=False,
-            absent=gpu_trouble(),
-        )  # fmt: skip
+    """The start of the ladder once more."""
+    yield from (_on_gpu(one), _on_gpu(batched))
+
+
+def _gpu_replicas(parallel: Rung) -> Iterator[Rung]:
+    for count in GPU_REPLICAS:
+        named = replace(parallel, name=f"hf {count} replica{'s' * (count > 1)}", figure="9")
+        yield replace(_on_gpu(named, count), change=f"{count} on a GPU")
 
 
 def _indexes(artifact: Artifact, images: int) -> Iterator[Rung]:
@@ -116,6 +127,27 @@ def _indexes(artifact: Artifact, images: int) -> Iterator[Rung]:
     if not any(device_of(card.runtime) == "gpu" for card in cards):
         reason = gpu_trouble() or "not built: make engines LANE=gpu-cu13"
         yield Rung("nightjar gpu", "", "10", 0, "index", precision="fp16", device="gpu", absent=reason)
+
+
+def _our_sharing(artifact: Artifact, cores: int, images: int) -> Iterator[Rung]:
+    """Ours with the CPU's own engine in two lanes, and beside a GPU with either policy. Not of the ladder proper."""
+    cards = [card for _, card in artifact.cards() if card.tower == "vision" and card.host == host_id()]
+    if not cards:
+        return
+    card = max(cards, key=lambda card: card.rows_per_s * (card.precision != "int8"))
+    count = _whole(max(round(images * card.rows_per_s / RATE_GUESS), BATCHES_MIN * card.batch), 2 * card.batch)
+    lanes = Rung(
+        "nightjar 2 lanes", f"{card.runtime} {card.precision} in two lanes", "9", count, "index",
+        {"--runtime": card.runtime, "--precision": card.precision, "--devices": "cpu,cpu"}, card.precision,
+        absent="" if cores > 1 else "one core",
+    )  # fmt: skip
+    yield lanes
+    for policy in ("static", "dynamic"):
+        yield Rung(
+            f"nightjar {policy} cpu+gpu", "a CPU lane beside a GPU lane", "8", TIMES_MAX * images, "index",
+            {"--devices": "gpu:0,cpu", "--sharing": policy}, max("fp16", card.precision, key=BY_BITS.index), "cpu+gpu",
+            absent=gpu_trouble(),
+        )  # fmt: skip
 
 
 def _threads(batched: Rung) -> Iterator[Rung]:
@@ -154,7 +186,7 @@ def _more_replicas(parallel: Rung, cores: int) -> Iterator[Rung]:
 def _sweep(one: Rung, images: int) -> Iterator[Rung]:
     for batch in BATCHES:
         if batch not in (1, BATCH):
-            name, config = f"hf batches of {batch}", {**one.config, "batch": batch}
+            name, config = f"hf batches of {batch}{', gpu' * (one.device == 'gpu')}", {**one.config, "batch": batch}
             yield replace(
                 one, name=name, change=f"batches of {batch}", figure="6", config=config, images=_whole(images, batch),
                 core=False,

@@ -1,4 +1,4 @@
-"""`bench startup`: what a run pays once, and what it pays for nothing to do.
+"""`bench startup`: what a run pays once, what its commits take meanwhile, and what it pays for nothing to do.
 
 Imports and engines are timed in fresh processes; the phases of a whole run come from its own record. A second run over
 10,000 unchanged pictures should take less than NOTHING_TO_DO_S.
@@ -97,7 +97,8 @@ def _whole_runs(model: str, pictures: Path, limit: Limit, work: Path) -> Iterato
         yield {
             "run": run, "images": record["embedded"], "wall": done.wall_s, "imports": done.wall_s - record["seconds"],
             "listing": phases["listing"], "lane start": phases["embedding"] - lanes.get("seconds", 0.0),
-            "lane work": lanes.get("seconds"), "publishing": phases["publishing"],
+            "lane work": lanes.get("seconds"), "commits": record["commits"]["seconds"],
+            "publishing": phases["publishing"],
         }  # fmt: skip
 
 
