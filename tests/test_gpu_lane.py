@@ -47,13 +47,14 @@ def on_cpu(photos: Path, tmp_path_factory: pytest.TempPathFactory, tiny_model: P
     return out
 
 
-def run(photos: Path, tmp_path: Path, tiny_model: Path, devices: str, **orders: Any) -> Ran:
+def run(photos: Path, tmp_path: Path, tiny_model: Path, devices: str, policy: str = "dynamic", **orders: Any) -> Ran:
     (tmp_path / "fake").mkdir(exist_ok=True)
     for started in (tmp_path / "fake").glob("started-*"):
         started.unlink()
     orders |= {"folder": str(tmp_path / "fake")}
     env = {"PYTHONPATH": str(Path(__file__).parent / "fake_gpu"), "FAKE_GPU": json.dumps(orders)}
-    return index(photos, tmp_path / "index", "--model", tiny_model, "--devices", devices, env=env)
+    words = ["--devices", devices, "--sharing", policy]
+    return index(photos, tmp_path / "index", "--model", tiny_model, *words, env=env)
 
 
 def assert_nothing_lost(ran: Ran, out: Path, on_cpu: Path) -> None:
@@ -75,11 +76,14 @@ def vectors(out: Path) -> dict[str, Any]:
         return dict(zip(file["key"].asstr()[:], file["embeddings"][:], strict=True))
 
 
-@pytest.mark.parametrize("devices", ["gpu:0", "gpu:0,gpu:1,cpu", "gpu:0,gpu:0"])
+@pytest.mark.parametrize(
+    ("devices", "policy"),
+    [("gpu:0", "dynamic"), ("gpu:0,gpu:1,cpu", "dynamic"), ("gpu:0,gpu:1,cpu", "static"), ("gpu:0,gpu:0", "dynamic")],
+)
 def test_gpus_and_cpu_share_the_work(
-    photos: Path, on_cpu: Path, tmp_path: Path, tiny_model: Path, devices: str
+    photos: Path, on_cpu: Path, tmp_path: Path, tiny_model: Path, devices: str, policy: str
 ) -> None:
-    ran = run(photos, tmp_path, tiny_model, devices, gpus=2, slow=0.4, after={"cpu": ["gpu:0", "gpu:1"]})
+    ran = run(photos, tmp_path, tiny_model, devices, policy, gpus=2, slow=0.4, after={"cpu": ["gpu:0", "gpu:1"]})
     assert_nothing_lost(ran, tmp_path / "index", on_cpu)
     assert [lane.split("/")[0] for lane in sorted(ran.report["lanes"])] == sorted(devices.split(","))
     counts = ran.report["decoders"]

@@ -30,7 +30,17 @@ from pipeline.sources import open_source
 from pipeline.store import PendingItem
 from pipeline.tune import tuner
 from pipeline.tune.config import TuneConfig
-from pipeline.tune.halving import GPU_LANES_MAX, LEAD_BATCHES_MAX, CpuAxes, Found, GpuAxes, Measured, Search, find
+from pipeline.tune.halving import GPU_LANES_MAX, LEAD_BATCHES_MAX, CpuAxes, Found, GpuAxes, Measured, Search, Trial, find
+    GPU_LANES_MAX,
+    LEAD_BATCHES_MAX,
+    CpuAxes,
+    Found,
+    GpuAxes,
+    Measured,
+    Search,
+    Trial,
+    find,
+)
 from pipeline.tune.trial import Rehearsal
 from pipeline.tune.tuner import LIMIT_S, TuneFailed, Tuning, tune
 
@@ -333,6 +343,16 @@ def test_a_cpu_lane_beside_gpus_that_was_not_measured_is_not_slow(
 def test_too_little_memory_is_said(photos: Path, tiny_model: Path) -> None:
     with pytest.raises(TuneFailed, match="not tried, it would need about 0"):
         tune(config(photos, tiny_model, max_memory_bytes=1 << 20), limit_s=10.0)
+
+
+def test_a_setting_that_took_more_than_it_may_is_impossible(photos: Path, tiny_model: Path) -> None:
+    """It was thought to fit; the lanes are measured, too."""
+    cfg = config(photos, tiny_model, max_memory_bytes=4 << 30)
+    greedy = SimpleNamespace(measure=lambda specs, seconds: Measured(100.0, seconds, 5 << 30))
+    tuning = Tuning(cfg, cfg.wish.choice("cpu"), cast(Rehearsal, greedy), photos, 0.0)
+    found = tuning.measure(default_setting("cpu", 1, 2), 1.0)
+    assert found.problem == "it takes 5.37 GB"
+    assert Trial(default_setting("cpu", 1, 2), [found]).rows_per_s == 0
 
 
 def test_nothing_to_measure_with_is_exit_1(tiny_model: Path, tmp_path: Path) -> None:
