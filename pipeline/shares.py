@@ -72,10 +72,11 @@ class Static:
             if starting and not self._measured:
                 return 0  # all at once: what one does alone says nothing of what it does beside the others
             if lane not in self._measured:
+                pace, waiting = paces[lane], [pace for name, pace in paces.items() if name not in self._measured]
                 self._measured.add(lane)
-                pace = paces[lane]
                 shortest = max(MEASURE_BATCHES * pace.batch, MEASURE_MIN_S * pace.rows_per_s)
-                rows = min(MEASURE_S * pace.rows_per_s, shortest, CHUNK_ROWS_MAX)
+                fair = left * pace.rows_per_s / sum(one.rows_per_s for one in waiting)  # of a run that is all measuring
+                rows = min(MEASURE_S * pace.rows_per_s, shortest, CHUNK_ROWS_MAX, fair)
                 return min(left, _batches(rows, pace.batch))
             if any(pace.held_rows for pace in paces.values()):
                 return 0

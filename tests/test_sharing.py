@@ -499,6 +499,17 @@ def test_a_stop_while_a_slow_disk_writes_a_shard_takes_no_grace(tmp_path: Path, 
     assert time.monotonic() - start_s < STOP_GRACE_S / 2
 
 
+def test_a_run_of_little_more_than_a_measurement_is_shared_all_the_same() -> None:
+    """16 batches of 8 would be all of it: the first lane that asks got it, and the others nothing."""
+    policy = Static()
+    paces = {"gpu:0/0": Pace(8, 100.0), "gpu:1/1": Pace(8, 100.0), "cpu/2": Pace(8, 50.0)}
+    given, left = [], 124
+    for name in paces:
+        given.append(policy.chunk_rows(name, left, paces, 0))
+        left -= given[-1]
+    assert given == [48, 48, 28]
+
+
 def test_static_measures_a_fast_lane_for_a_second() -> None:
     """16 batches would be .27 s of a GPU's work, with the filling of its line in it."""
     paces = {"gpu": Pace(256, 15_000.0), "cpu": Pace(64, 100.0)}

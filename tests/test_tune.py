@@ -30,7 +30,7 @@ from pipeline.sources import open_source
 from pipeline.store import PendingItem
 from pipeline.tune import tuner
 from pipeline.tune.config import TuneConfig
-from pipeline.tune.halving import GPU_LANES_MAX, LEAD_BATCHES_MAX, CpuAxes, Found, GpuAxes, Measured, Search, Trial, find
+from pipeline.tune.halving import (
     GPU_LANES_MAX,
     LEAD_BATCHES_MAX,
     CpuAxes,
