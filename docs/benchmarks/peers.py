@@ -27,6 +27,7 @@ from pathlib import Path
 from typing import Any, NamedTuple
 
 import numpy as np
+from towers import rate  # beside this file
 
 BATCH = 32
 SECONDS = 2.0  # of each half
@@ -153,7 +154,7 @@ def clip_retrieval_halves(model_dir: str, pictures_dir: str, workers: int, batch
     first = batches[0]
     return {
         "prepared": images / prepared_s,
-        "encoded": rate(lambda: mapper(first), len(first["image_filename"])),
+        "encoded": rate(lambda: mapper(first), len(first["image_filename"]), SECONDS),
     }
 
 
@@ -167,18 +168,9 @@ def halves(tool: Tool, paths: list[Path]) -> dict[str, float]:
         turn += 1
 
     return {
-        "prepared": rate(prepare_next, tool.batch),
-        "encoded": rate(lambda: tool.encode(ready), tool.batch),
+        "prepared": rate(prepare_next, tool.batch, SECONDS),
+        "encoded": rate(lambda: tool.encode(ready), tool.batch, SECONDS),
     }
-
-
-def rate(call: Callable[[], object], rows: int) -> float:
-    call()
-    calls, start_s = 0, time.monotonic()
-    while (elapsed_s := time.monotonic() - start_s) < SECONDS:
-        call()
-        calls += 1
-    return calls * rows / elapsed_s
 
 
 def load(contestant: str, model_dir: str) -> Tool:

@@ -16,7 +16,6 @@ from pipeline.bench import published
 from pipeline.bench.published import STUDY_IMAGES
 
 Rows = list[dict[str, Any]]
-DEVICES = ("cpu", "gpu")
 LADDER_COLUMNS = (
     "rung", "change", "figure", "precision", "device", "images", "rounds", "images_per_s", "images_per_s_min",
     "images_per_s_max", "start_s", "preprocess_ms", "transfer_ms", "forward_ms", "peak_rss_mb", "gflop_per_s",
@@ -157,8 +156,8 @@ def draw(rungs: Rows, out: Path, text: list[str]) -> list[Path]:
     return written
 
 
-def _hf(rows: Rows, name: str, devices: Sequence[str] = ("cpu",)) -> Rows:
-    return [row for row in rows if row["rung"].startswith("hf") and row["figure"] == name and row["device"] in devices]
+def _hf(rows: Rows, figures: str) -> Rows:
+    return [row for row in rows if row["rung"].startswith("hf") and row["figure"] in figures]
 
 
 def _threads(axes: Any, rows: Rows) -> bool:
@@ -174,7 +173,7 @@ def _threads(axes: Any, rows: Rows) -> bool:
 
 
 def _one_by_one(axes: Any, rows: Rows) -> bool:
-    ours = _hf(rows, "5", DEVICES)
+    ours = _hf(rows, "5")
     for row in ours:
         axes.bar_label(axes.bar(f"{row['rung']}, here", row["images_per_s"], color="C0"), fmt="{:.1f}")
     for name, seconds in published.ONE_BY_ONE_S.items():
@@ -185,7 +184,7 @@ def _one_by_one(axes: Any, rows: Rows) -> bool:
 
 
 def _batches(axes: Any, rows: Rows) -> bool:
-    sweeps = _by_device(rows, _is_sweep, lambda config: config["batch"])
+    sweeps = _by_device(_hf(rows, "56"), lambda config: config["batch"])
     for device, ours in sweeps.items():
         axes.plot(list(ours), list(ours.values()), "o-", label=f"{device}, here")
     for name, by_batch in published.BY_BATCH_S.items():
@@ -194,17 +193,10 @@ def _batches(axes: Any, rows: Rows) -> bool:
     return bool(sweeps)
 
 
-def _is_sweep(row: dict[str, Any]) -> bool:
-    """One process, all cores or a GPU, one batch size."""
-    return row["figure"] in "56" and "batch" in row["config"] and "producers" not in row["config"]
-
-
-def _by_device(
-    rows: Rows, wanted: Callable[[dict[str, Any]], bool], at: Callable[[dict[str, Any]], int]
-) -> dict[str, dict[int, float]]:
-    """images/s of the rows that are wanted, by device and by what `at` reads from a configuration."""
+def _by_device(rows: Rows, at: Callable[[dict[str, Any]], int]) -> dict[str, dict[int, float]]:
+    """images/s by device and by what `at` reads from a configuration."""
     found: dict[str, dict[int, float]] = {}
-    for row in sorted(filter(wanted, rows), key=lambda row: at(row["config"])):
+    for row in sorted(rows, key=lambda row: at(row["config"])):
         found.setdefault(row["device"], {})[at(row["config"])] = row["images_per_s"]
     return found
 
@@ -241,7 +233,7 @@ def _sharing(axes: Any, rows: Rows) -> bool:
 
 
 def _replicas(axes: Any, rows: Rows) -> bool:
-    curves = _by_device(rows, _is_replicas, lambda config: len(config["devices"]))
+    curves = _by_device(_hf(rows, "9"), lambda config: len(config["devices"]))
     for device, ours in curves.items():
         first = next(iter(ours.values()))
         axes.plot(list(ours), [rate / first for rate in ours.values()], "o-", label=f"{device}, here")
@@ -249,10 +241,6 @@ def _replicas(axes: Any, rows: Rows) -> bool:
         axes.plot(list(by_count), [by_count[1] / s for s in by_count.values()], "--", label=f"{name}, published")
     axes.set(xlabel="models", ylabel="times the fewest", title="Replicas (figure 9)")
     return bool(curves)
-
-
-def _is_replicas(row: dict[str, Any]) -> bool:
-    return bool(row["rung"].startswith("hf") and row["figure"] == "9")
 
 
 def _whole(axes: Any, rows: Rows) -> bool:

@@ -69,7 +69,7 @@ def rungs(artifact: Artifact, cores: int, images: int) -> list[Rung]:
     )  # fmt: skip
     core = [one, batched, parallel, *shared, replicas, ours, *_indexes(artifact, images)]
     steps = [*_threads(batched), *_grid(parallel, cores), *_more_replicas(parallel, cores), *_sweep(one, images)]
-    on_gpu = [*_gpu_starts(one, batched), *_gpu_replicas(parallel), *_sweep(_on_gpu(one), images)]
+    on_gpu = [_on_gpu(one), _on_gpu(batched), *_gpu_replicas(parallel), *_sweep(_on_gpu(one), images)]
     return [*core, *_our_sharing(artifact, cores, images), *steps, *on_gpu]
 
 
@@ -88,11 +88,6 @@ def _on_gpu(rung: Rung, models: int = 1) -> Rung:
         rung, name=f"{rung.name}, gpu", change="on a GPU", config={**rung.config, "devices": ["cuda:0"] * models},
         device="gpu", core=False, absent=gpu_trouble(),
     )  # fmt: skip
-
-
-def _gpu_starts(one: Rung, batched: Rung) -> Iterator[Rung]:
-    """The start of the ladder once more."""
-    yield from (_on_gpu(one), _on_gpu(batched))
 
 
 def _gpu_replicas(parallel: Rung) -> Iterator[Rung]:
